@@ -1,0 +1,259 @@
+"""One rank of the training group: packed batches in, new weights out.
+
+Holds the policy (float32 master weights, FSDP2 when there are several ranks or a half-precision compute type), its optimizer
+and the frozen reference. It does not know what an algorithm is (it is given a loss function), nor Ray, nor where batches come
+from. Every public method but the constructor is a collective: all ranks call it with batches of the same shape in number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from grpo.batch import TrainBatch
+from grpo.checkpoint import export_model, load_training_state, save_training_state
+from grpo.config import LearnerConfig
+from grpo.logprobs import TokenLogprobs, token_logprobs
+from grpo.loss import LossFn, LossInputs, LossOutput, grpo_loss
+from grpo.model import PolicyModel, checkpoint_tensors, load_policy, shard_policy
+from grpo.stats import Moments, StepStats
+from rollout.weight_sync import WeightBucket, pack_buckets
+
+
+class LearnerError(RuntimeError):
+    """Training cannot go on; the message says why and what to look at."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerSpec:
+    """Everything a rank needs to build itself."""
+
+    model_path: str
+    config: LearnerConfig
+    keep_routing: bool
+    needs_reference: bool
+    engine_dtype: str
+    """Weights are sent to the engines in this type."""
+    total_updates: int
+    """Optimizer steps of the whole run, for the schedule."""
+    domains: tuple[str, ...] = ()
+    """Names to report metrics by; empty = not by domain."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One rank's part of a training step; losses are partial sums that add up over ranks."""
+
+    stats: StepStats
+    losses: tuple[float, ...]  # one per update
+    grad_norms: tuple[float, ...]  # one per update, global, before clipping
+    lr: float
+    num_tokens: int
+    peak_memory_bytes: int
+    time_s: float
+
+
+class Learner:
+    """A training rank. The first policy version is 0; every `train` call makes the next one."""
+
+    def __init__(self, spec: LearnerSpec, *, rank: int = 0, world_size: int = 1) -> None:
+        """Loads the model and, if any KL strength is above zero, the reference.
+
+        Raises:
+            UnknownRouterError: a router that routing replay does not understand.
+            ModelCheckError: packing, replay or the head do not do what they must on this model.
+        """
+        self.spec, self.rank, self.world_size = spec, rank, world_size
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        torch.manual_seed(spec.seed)
+        self.policy = self._load(trainable=True)
+        self.reference = self._load(trainable=False) if spec.needs_reference else None
+        config = spec.config
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.policy.module.parameters() if p.requires_grad],
+            lr=config.lr,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+        self.policy_version = 0
+        self.num_updates = 0
+
+    def _load(self, *, trainable: bool) -> PolicyModel:
+        model = load_policy(
+            self.spec.model_path,
+            keep_routing=self.spec.keep_routing and trainable,
+            gradient_checkpointing=self.spec.config.gradient_checkpointing,
+            trainable=trainable,
+        )
+        shard_policy(model, compute_dtype=getattr(torch, self.spec.config.dtype), world_size=self.world_size)
+        return model
+
+    def train(self, updates: Sequence[Sequence[TrainBatch]], loss_fn: LossFn = grpo_loss) -> StepResult:
+        """One optimizer step per entry of `updates`, each over that entry's micro-batches.
+
+        Raises:
+            LearnerError: a gradient norm is not finite; no weight has been touched by that update.
+        """
+        started, stats = time.perf_counter(), StepStats()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if self.policy.routing is not None:
+            self.policy.routing.reset()
+        losses, norms = [], []
+        for index, microbatches in enumerate(updates):
+            loss, norm = self._update(microbatches, loss_fn, stats, is_fresh=index == 0)
+            losses.append(loss)
+            norms.append(norm)
+        self.policy_version += 1
+        self._record_agreement(stats)
+        return StepResult(
+            stats=stats,
+            losses=tuple(losses),
+            grad_norms=tuple(norms),
+            lr=self.optimizer.param_groups[0]["lr"],
+            num_tokens=sum(len(batch.token_ids) for microbatches in updates for batch in microbatches),
+            peak_memory_bytes=_peak_memory(self.device),
+            time_s=time.perf_counter() - started,
+        )
+
+    def score(self, batches: Sequence[TrainBatch]) -> np.ndarray:
+        """log pi_theta of every sampled token under replay, float32 [N over all batches]; no gradient, no state change."""
+        with torch.no_grad():
+            scores = [token_logprobs(self.policy, batch.to(self.device)).logprobs for batch in batches]
+        return torch.cat(scores).float().cpu().numpy()
+
+    def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
+        """The policy's weights under checkpoint names in the engines' dtype, layer by layer; rank 0 yields, the others take part."""
+        tensors = checkpoint_tensors(self.policy, getattr(torch, self.spec.engine_dtype))
+        if self.rank == 0:
+            yield from pack_buckets(tensors, max_bytes=max_bytes)
+        else:
+            for _ in tensors:
+                pass
+
+    def save(self, folder: Path) -> None:
+        """Writes weights, optimizer, counters and random state; see `grpo.checkpoint` for what makes a checkpoint complete."""
+        save_training_state(folder, self.policy.module, self.optimizer, self._counters())
+
+    def load(self, folder: Path) -> None:
+        """Continues from `save`: bit-equal on CPU with the same number of ranks."""
+        counters = load_training_state(folder, self.policy.module, self.optimizer)
+        self.policy_version, self.num_updates = counters["policy_version"], counters["num_updates"]
+
+    def export(self, folder: Path) -> None:
+        """Writes the policy as a Hugging Face model folder in the engines' dtype, with the base model's tokenizer."""
+        tensors = checkpoint_tensors(self.policy, getattr(torch, self.spec.engine_dtype))
+        if self.rank == 0:
+            export_model(folder, tensors, self.policy.module, self.spec.model_path)
+        else:
+            for _ in tensors:
+                pass
+
+    def _counters(self) -> dict[str, int]:
+        return {"policy_version": self.policy_version, "num_updates": self.num_updates}
+
+    def _update(
+        self, microbatches: Sequence[TrainBatch], loss_fn: LossFn, stats: StepStats, *, is_fresh: bool
+    ) -> tuple[float, float]:
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for index, cpu_batch in enumerate(microbatches):
+            batch = cpu_batch.to(self.device)
+            self._sync_gradients(index == len(microbatches) - 1)
+            scored = token_logprobs(self.policy, batch)
+            output = loss_fn(LossInputs(scored.logprobs, self._reference_logprobs(batch), scored.entropy, batch))
+            # FSDP averages gradients over ranks; the weights are those of a sum over the whole update.
+            (output.loss * self.world_size).backward()
+            total += output.loss.detach()
+            self._record(stats, batch, scored, output, is_fresh)
+        norm = _full(torch.nn.utils.clip_grad_norm_(self.policy.module.parameters(), self.spec.config.max_grad_norm)).item()
+        if not np.isfinite(norm):
+            raise LearnerError(
+                f"gradient norm is {norm} at optimizer step {self.num_updates}: look at mismatch and ratio_max in metrics.jsonl, "
+                "and rerun with debug.dump_batches = true to replay the batch"
+            )
+        self._set_lr()
+        self.optimizer.step()
+        self.num_updates += 1
+        return total.item(), norm
+
+    def _reference_logprobs(self, batch: TrainBatch) -> Tensor | None:
+        """log pi_ref over the same supports; the reference routes by itself."""
+        if self.reference is None or not (batch.beta > 0).any():
+            return None
+        with torch.no_grad():
+            return token_logprobs(self.reference, replace(batch, routed_experts=None)).logprobs
+
+    def _sync_gradients(self, sync: bool) -> None:
+        """Reduces gradients over ranks only with the last micro-batch of an update."""
+        if isinstance(self.policy.module, FSDPModule):
+            self.policy.module.set_requires_gradient_sync(sync)
+
+    def _set_lr(self) -> None:
+        lr = learning_rate(self.spec.config, self.num_updates, self.spec.total_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _record_agreement(self, stats: StepStats) -> None:
+        """The share of replayed expert slots that the learner's own router would have chosen, over all layers."""
+        if self.policy.routing is not None:
+            same, replayed = (int(n) for n in self.policy.routing.agreement().sum(0))
+            if replayed:
+                stats.moments["route_agreement"] = Moments(replayed, float(same), float(same), 1.0)
+
+    def _record(
+        self, stats: StepStats, batch: TrainBatch, scored: TokenLogprobs, output: LossOutput, is_fresh: bool
+    ) -> None:
+        """Takes a micro-batch's values into the step's sums; a no-op batch (all weights zero) leaves no trace."""
+        if not (batch.loss_weights > 0).any():
+            return
+        domain_of = np.array(batch.domains)
+        by_token = domain_of[batch.sample_ids.cpu().numpy()]
+        for name, values in output.token_stats.items():
+            stats.add_by_domain(name, _array(values), by_token, self.spec.domains)
+        for name, values in output.sample_stats.items():
+            stats.add_by_domain(name, _array(values), domain_of, self.spec.domains)
+        staleness = self.policy_version - _array(batch.policy_versions)
+        stats.add("staleness", staleness)
+        stats.add("kept_size", np.diff(_array(batch.kept_offsets))[~_array(batch.untruncated)])
+        if is_fresh:
+            difference = np.abs(_array(scored.logprobs) - _array(batch.behavior_logprobs))
+            stats.add_mismatch(difference[staleness == 0])
+
+
+def learning_rate(config: LearnerConfig, update: int, total_updates: int) -> float:
+    """Linear warm-up, then constant or a half cosine to zero at `total_updates`."""
+    if update < config.warmup_steps:
+        return config.lr * (update + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (update - config.warmup_steps) / max(1, total_updates - config.warmup_steps)
+    return config.lr * 0.5 * (1 + float(np.cos(np.pi * min(1.0, progress))))
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """A DTensor's whole value; a plain tensor as it is."""
+    full: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Peak bytes: of the allocator on a GPU, resident set of this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
