@@ -1,0 +1,180 @@
+"""Everything Ray. `Cluster` is the driver's view of the run's actors; the loop never sees an actor or a reference.
+
+- `actors`: the plain classes behind Ray, records kept apart from completions
+- `placement`: resources, all or nothing
+- `workers`: the rollout pool, replacement of dead workers
+- `waits`: names and limits for every wait
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError
+
+from grpo.batch import Update
+from grpo.cluster.actors import LearnerActor
+from grpo.cluster.placement import claim_resources, start_ray
+from grpo.cluster.waits import ClusterError, wait_for
+from grpo.cluster.workers import RolloutPool, Slot
+from grpo.config import TrainConfig
+from grpo.learner import LearnerSpec, StepResult
+from grpo.parity import ParityProbe
+from rollout.types import Completion, GenerateRequest
+from rollout.worker import RolloutWorker
+
+__all__ = ["Cluster", "ClusterError", "SyncResult"]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncResult:
+    """What a weight sync did."""
+
+    policy_version: int
+    parity_error: float
+    """Worst mean |log pi_learner - log pi_engine| of the probe over the engines, in nats."""
+    sync_s: float
+    probe_s: float
+
+
+class Cluster:
+    """The rollout workers and the learner group of one run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        spec: LearnerSpec,
+        probe: ParityProbe,
+        *,
+        worker_class: type[RolloutWorker] = RolloutWorker,
+    ) -> None:
+        self._config, self._limits, self._spec, self._probe = config, config.cluster, spec, probe
+        self._worker_class = worker_class
+        self._sync_lock = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Claims resources and brings up every actor.
+
+        Raises:
+            ClusterError: resources or an actor did not come in time; says which, and what the cluster has.
+        """
+        start_ray(self._config)
+        self._placement = await claim_resources(self._config)
+        config = self._config
+        worker_kwargs = {
+            "model_path": self._spec.model_path,
+            "config": config.rollout,
+            "max_model_len": config.longest_sequence,
+            "record_kept": config.stability.keep_sampling_mask and config.truncates,
+            "record_routing": self._spec.keep_routing,
+            "seed": config.run.seed,
+        }
+        self.pool = RolloutPool(
+            self._placement,
+            self._limits,
+            worker_class=self._worker_class,
+            worker_kwargs=worker_kwargs,
+            refresh=self._refresh,
+        )
+        world = config.learner.ranks
+        self._ranks = [ray.remote(LearnerActor).options(**self._placement.rank(i)).remote() for i in range(world)]
+        address = await self._wait_rank(0, self._ranks[0].free_address.remote(), "come up", "start_timeout_s")
+        builds = [
+            self._wait_rank(i, rank.build.remote(self._spec, i, world, address), "load the model", "start_timeout_s")
+            for i, rank in enumerate(self._ranks)
+        ]
+        await asyncio.gather(self.pool.wait_until_up(), *builds)
+
+    def shutdown(self) -> None:
+        """Ends every actor and leaves Ray."""
+        if hasattr(self, "pool"):
+            self.pool.close()
+        for rank in getattr(self, "_ranks", ()):
+            ray.kill(rank)
+        if hasattr(self, "_placement"):
+            self._placement.release()
+        ray.shutdown()
+
+    async def generate(self, request: GenerateRequest, what: str) -> tuple[Completion, ...]:
+        """Draws a request on some worker; `what` names it in errors."""
+        return await self.pool.generate(request, what)
+
+    async def train(self, updates: Sequence[Update], dump_to: Path | None = None) -> list[StepResult]:
+        """One training step on all ranks; results in rank order."""
+        parts = [[update.ranks[i] for update in updates] for i in range(len(self._ranks))]
+        calls = [rank.train.remote(part, dump_to) for rank, part in zip(self._ranks, parts, strict=True)]
+        return await self._wait_ranks(calls, "train on the step's batch")
+
+    async def sync_weights(self) -> SyncResult:
+        """Streams the learner's weights into every worker, then probes each.
+
+        Raises:
+            ParityError: an engine does not answer as the learner does.
+        """
+        async with self._sync_lock:
+            return await self._sync(self.pool.ready_slots)
+
+    async def save(self, folder: Path) -> None:
+        """Every rank writes its share of the training state."""
+        await self._wait_ranks([rank.save.remote(folder) for rank in self._ranks], "save a checkpoint")
+
+    async def load(self, folder: Path) -> None:
+        """Every rank reads its share back."""
+        await self._wait_ranks([rank.load.remote(folder) for rank in self._ranks], "load a checkpoint")
+
+    async def export(self, folder: Path) -> None:
+        """Writes the policy as a Hugging Face model folder."""
+        await self._wait_ranks([rank.export.remote(folder) for rank in self._ranks], "export the model")
+
+    async def _refresh(self, slot: Slot) -> None:
+        async with self._sync_lock:
+            await self._sync([slot])
+
+    async def _sync(self, slots: Sequence[Slot]) -> SyncResult:
+        started = time.perf_counter()
+        pool = self.pool
+        version = await self._wait_rank(0, self._ranks[0].policy_version.remote(), "answer", "train_timeout_s")
+        alive = await pool.on_each(slots, lambda actor: actor.begin_weight_update.remote(), "pause for a weight sync")
+        async for bucket in self._weight_stream():
+            alive = await pool.on_each(alive, lambda actor, b=bucket: actor.load_weights.remote(b), "load new weights")
+        alive = await pool.on_each(
+            alive, lambda actor: actor.finish_weight_update.remote(version), "finish a weight sync"
+        )
+        synced = time.perf_counter()
+        errors = [await self._probe_slot(slot, version) for slot in alive]
+        return SyncResult(version, max(errors, default=0.0), synced - started, time.perf_counter() - synced)
+
+    async def _weight_stream(self) -> AsyncIterator[Any]:
+        """References to the weight buckets of rank 0; every rank takes part in gathering them."""
+        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
+        streams = [rank.weight_buckets.options(**options).remote() for rank in self._ranks]
+        async for bucket in streams[0]:
+            yield bucket
+        ends = [self._wait_rank(i, s.completed(), "send its weights", "sync_timeout_s") for i, s in enumerate(streams)]
+        await asyncio.gather(*ends)
+
+    async def _probe_slot(self, slot: Slot, version: int) -> float:
+        what = "the parity probe"
+        try:
+            drawn = [await self.pool.generate_on(slot, request, what) for request in self._probe.requests]
+        except RayActorError:
+            self.pool.replace(slot)
+            return 0.0
+        samples = self._probe.to_samples(drawn)
+        scores = await self._wait_ranks([rank.score.remote(samples) for rank in self._ranks], "score the parity probe")
+        engine_logprobs = np.concatenate([c.behavior_logprobs for completions in drawn for c in completions])
+        return self._probe.check(slot.name, version, engine_logprobs, scores[0])
+
+    async def _wait_ranks(self, calls: Sequence[Any], what: str) -> list[Any]:
+        waits = [self._wait_rank(i, call, what, "train_timeout_s") for i, call in enumerate(calls)]
+        return list(await asyncio.gather(*waits))
+
+    async def _wait_rank(self, number: int, call: Any, what: str, setting: str) -> Any:
+        return await wait_for(call, getattr(self._limits, setting), f"learner rank {number}", what, setting)

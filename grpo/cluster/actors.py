@@ -1,0 +1,123 @@
+"""The plain worker and learner behind Ray, and the split of light completions from heavy records.
+
+Records never pass through the driver: a rollout actor returns light completions and, as a second object, their `Replay`
+records; the driver passes the reference on and the learner rank that trains on them fetches it. Both objects belong to the
+driver, so they outlive the worker that made them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from grpo.advantage import TrainSample
+from grpo.batch import MicroBatch, pack
+from grpo.learner import Learner, LearnerSpec, StepResult
+from grpo.replay import dump_step
+from rollout.types import Completion, GenerateRequest, Replay
+from rollout.weight_sync import WeightBucket
+from rollout.worker import RolloutWorker
+
+_BUCKET_BYTES = 256 << 20
+"""Weights in flight at a time: the sync needs a few of these in host memory, whatever the model's size."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayRef:
+    """A handle to one `Replay` inside a request's record object."""
+
+    ref: Any  # ray.ObjectRef of tuple[Replay, ...]
+    index: int
+
+
+class RolloutActor:
+    """A rollout worker behind Ray."""
+
+    def __init__(self, worker_class: type[RolloutWorker], kwargs: dict[str, Any]) -> None:
+        self._worker = worker_class(**kwargs)
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    @ray.method(num_returns=2)
+    async def generate(self, request: GenerateRequest) -> tuple[tuple[Completion, ...], tuple[Replay, ...]]:
+        completions = await self._worker.generate(request)
+        num_prompt = len(request.prompt_token_ids)
+        light = tuple(replace(c, replay=None, record_error=c.find_record_error(num_prompt)) for c in completions)
+        return light, tuple(c.replay for c in completions)
+
+    async def begin_weight_update(self) -> None:
+        await self._worker.begin_weight_update()
+
+    async def load_weights(self, bucket: WeightBucket) -> None:
+        await self._worker.load_weights(bucket)
+
+    async def finish_weight_update(self, policy_version: int) -> None:
+        await self._worker.finish_weight_update(policy_version)
+
+
+class LearnerActor:
+    """A learner rank behind Ray."""
+
+    _learner: Learner
+
+    def free_address(self) -> str:
+        """Where the ranks of the group can meet: an address of this node with a free port."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def build(self, spec: LearnerSpec, rank: int, world_size: int, address: str) -> None:
+        torch.set_num_threads(spec.config.cpu_threads)
+        if world_size > 1 or spec.config.dtype != "float32":  # FSDP2 also does the mixed precision of a single rank
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(
+                backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size
+            )
+        self._learner = Learner(spec, rank=rank, world_size=world_size)
+
+    def train(self, updates: Sequence[Sequence[MicroBatch]], dump_to: Path | None) -> StepResult:
+        batches = [[pack(microbatch) for microbatch in fetch_records(microbatches)] for microbatches in updates]
+        if dump_to is None:
+            return self._learner.train(batches)
+        return dump_step(self._learner, batches, dump_to)
+
+    def score(self, samples: Sequence[TrainSample]) -> np.ndarray:
+        (microbatch,) = fetch_records([MicroBatch(tuple(samples), (0.0,) * len(samples))])
+        return self._learner.score([pack(microbatch)])
+
+    def policy_version(self) -> int:
+        return self._learner.policy_version
+
+    def weight_buckets(self) -> Iterator[WeightBucket]:
+        yield from self._learner.weight_buckets(_BUCKET_BYTES)
+
+    def save(self, folder: Path) -> None:
+        self._learner.save(folder)
+
+    def load(self, folder: Path) -> None:
+        self._learner.load(folder)
+
+    def export(self, folder: Path) -> None:
+        self._learner.export(folder)
+
+
+def fetch_records(microbatches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The same micro-batches with every replay handle replaced by its record; one fetch for all."""
+    segments = [segment for m in microbatches for sample in m.samples for segment in sample.segments]
+    refs = list(dict.fromkeys(segment.replay.ref for segment in segments))
+    records: dict[Any, tuple[Replay, ...]] = dict(zip(refs, ray.get(refs), strict=True))
+
+    def fetched(sample: TrainSample) -> TrainSample:
+        segments = tuple(replace(s, replay=records[s.replay.ref][s.replay.index]) for s in sample.segments)
+        return replace(sample, segments=segments)
+
+    return [MicroBatch(tuple(fetched(sample) for sample in m.samples), m.token_weights) for m in microbatches]
