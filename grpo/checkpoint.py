@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -81,7 +82,7 @@ def save_training_state(
     folder.mkdir(parents=True, exist_ok=True)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "counters": counters, "rng": torch.get_rng_state()}
-    dcp.save(state, checkpoint_id=folder)
+    dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def load_training_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -99,7 +100,7 @@ def load_training_state(folder: Path, model: torch.nn.Module, optimizer: torch.o
         "counters": {"policy_version": 0, "num_updates": 0},
         "rng": torch.get_rng_state(),
     }
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
     return state["counters"]

@@ -1,14 +1,14 @@
 """The whole run file: the rooms' configs plus what belongs to the algorithm, the learner and the cluster.
 
-`load_config(path, overrides)` is the only way in: TOML, then `-o table.key=value`, then strict validation. Every error is
-one `ConfigError` that names the field and the remedy; nothing heavier than pydantic is imported here.
+`load_config(path, overrides)` is the only way in: TOML, then `-o table.key=value`, then strict validation. Every error
+is one `ConfigError` that names the field and the remedy; nothing heavier than pydantic is imported here.
 """
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -30,17 +30,17 @@ class RunConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings
     """Names the run folder."""
     steps: int = Field(ge=1)
     """Training steps; one step trains on `grpo.prompts_per_step` groups."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Decides data order and every sample's seed."""
     output_dir: str = "runs"
     """The run folder is `output_dir/name`."""
-    eval_every: int = Field(0, ge=0)
+    eval_every: int = Field(default=0, ge=0)
     """Evaluate every n steps, and before the first and after the last; 0 = never."""
-    eval_samples: int = Field(1, ge=1)
+    eval_samples: int = Field(default=1, ge=1)
     """Completions per held-out task: 1 gives pass@1, k gives pass@1 and pass@k."""
-    checkpoint_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0)
     """Save every n steps; a last checkpoint is always written at the end and on Ctrl-C."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """Older complete checkpoints are deleted."""
     tensorboard: bool = True
     """Write TensorBoard events beside `metrics.jsonl`."""
@@ -50,7 +50,7 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
     """The base checkpoint."""
 
     path: str
-    """A Hugging Face model folder or id; a relative folder is looked up beside the run file, then in the working directory."""
+    """A Hugging Face model folder or id; a relative folder is looked up beside the run file, then where you are."""
     recipe: str | None = None
     """`./file.py:function`, called with the folder when `path` does not exist yet, to make the model there."""
 
@@ -58,41 +58,41 @@ class ModelConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
 class GrpoConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """Batch arithmetic and the objective's shape."""
 
-    group_size: int = Field(8, ge=2)
+    group_size: int = Field(default=8, ge=2)
     """Completions per prompt, G."""
-    prompts_per_step: int = Field(32, ge=1)
+    prompts_per_step: int = Field(default=32, ge=1)
     """Groups per training step."""
-    updates_per_batch: int = Field(1, ge=1)
+    updates_per_batch: int = Field(default=1, ge=1)
     """Optimizer steps per step: the batch is split into that many whole-group parts."""
-    max_off_policy_steps: int = Field(0, ge=0)
+    max_off_policy_steps: int = Field(default=0, ge=0)
     """Generation may run ahead by this many policy versions; 0 = synchronous."""
     loss_aggregation: Literal["sequence", "token"] = "sequence"
     """`sequence`: mean over sequences of token means (the paper); `token`: mean over all tokens of the update."""
     refill_zero_signal: bool = False
     """Draw further prompts in place of groups whose rewards are all equal (dynamic sampling)."""
-    max_refills: int = Field(2, ge=1)
+    max_refills: int = Field(default=2, ge=1)
     """At most this many times `prompts_per_step` extra groups per step when refilling."""
 
 
 class LearnerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """The FSDP2 training group."""
 
-    ranks: int = Field(1, ge=1)
+    ranks: int = Field(default=1, ge=1)
     """Processes that share the model; one GPU each where there are GPUs."""
-    lr: float = Field(1e-6, gt=0)
+    lr: float = Field(default=1e-6, gt=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up."""
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type; master weights, gradients' reduction and optimizer state are float32."""
-    max_tokens_per_microbatch: int = Field(16384, ge=1)
+    max_tokens_per_microbatch: int = Field(default=16384, ge=1)
     """Packed tokens per forward; the longest prompt + completion must fit."""
     gradient_checkpointing: bool = True
-    cpu_threads: int = Field(1, ge=1)
+    cpu_threads: int = Field(default=1, ge=1)
     """Compute threads of one rank on a machine without GPUs."""
 
 
@@ -103,15 +103,15 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     """Ray address to join (`auto` finds the running one); unset starts a private Ray on this machine."""
     layout: Literal["colocated", "disaggregated"] = "disaggregated"
     """`colocated`: engines and learner ranks share GPUs and take turns; `disaggregated`: each has its own."""
-    start_timeout_s: float = Field(600, gt=0)
+    start_timeout_s: float = Field(default=600, gt=0)
     """Longest wait for an actor to come up."""
-    generate_timeout_s: float = Field(1800, gt=0)
+    generate_timeout_s: float = Field(default=1800, gt=0)
     """Longest wait for one group of completions."""
-    train_timeout_s: float = Field(3600, gt=0)
+    train_timeout_s: float = Field(default=3600, gt=0)
     """Longest wait for one training step or checkpoint."""
-    sync_timeout_s: float = Field(600, gt=0)
+    sync_timeout_s: float = Field(default=600, gt=0)
     """Longest wait for one weight sync."""
-    max_worker_restarts: int = Field(8, ge=0)
+    max_worker_restarts: int = Field(default=8, ge=0)
     """A lost rollout worker is replaced this often before the run stops."""
 
 
@@ -120,23 +120,23 @@ class DebugConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
 
     dump_batches: bool = False
     """Write every step's batch for `keel replay`."""
-    samples_per_step: int = Field(8, ge=0)
+    samples_per_step: int = Field(default=8, ge=0)
     """Completions written to `samples.jsonl` per step."""
 
 
 class DomainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """What one domain does differently; unset fields follow the global tables."""
 
-    weight: float | None = Field(None, gt=0)
-    """Share of the domain's prompts in the mixture; unset: as many as its tasks."""
-    beta: float | None = Field(None, ge=0)
-    delta: float | None = Field(None, gt=0)
-    eps_low: float | None = Field(None, gt=0, lt=1)
-    eps_high: float | None = Field(None, gt=0)
-    temperature: float | None = Field(None, gt=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    max_new_tokens: int | None = Field(None, ge=1)
+    weight: float | None = Field(default=None, gt=0)
+    """Relative share of the prompts among the domains that set one; unset: the share it has by number of tasks."""
+    beta: float | None = Field(default=None, ge=0)
+    delta: Annotated[float, Field(gt=0)] | Literal["off"] | None = None
+    eps_low: float | None = Field(default=None, gt=0, lt=1)
+    eps_high: float | None = Field(default=None, gt=0)
+    temperature: float | None = Field(default=None, gt=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    max_new_tokens: int | None = Field(default=None, ge=1)
     rewards: tuple[RewardConfig, ...] | None = None
     """Replaces the global `[[rewards]]` for this domain."""
 
@@ -175,8 +175,9 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
             )
         if self.longest_sequence > self.learner.max_tokens_per_microbatch:
             raise ValueError(
-                f"learner.max_tokens_per_microbatch = {self.learner.max_tokens_per_microbatch} cannot hold the longest sequence: "
-                f"tasks.max_prompt_tokens + max_new_tokens = {self.longest_sequence}; raise it or shorten them"
+                f"learner.max_tokens_per_microbatch = {self.learner.max_tokens_per_microbatch} cannot hold the longest "
+                f"sequence: tasks.max_prompt_tokens + max_new_tokens = {self.longest_sequence}; raise it or shorten "
+                f"them"
             )
         return self
 
@@ -184,9 +185,11 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
     def _check_truncation(self) -> TrainConfig:
         if self.truncates and not self.stability.keep_sampling_mask and not self.stability.allow_biased_truncation:
             raise ValueError(
-                "sampling truncates (top_p < 1 or top_k > 0) but stability.keep_sampling_mask is off, so every ratio would be "
-                "wrong by the cut-off probability mass: turn keep_sampling_mask on, sample with top_p = 1 and top_k = 0, or set "
-                "stability.allow_biased_truncation = true"
+                "sampling truncates (top_p < 1 or top_k > 0) but stability.keep_sampling_mask is off, so every ratio "
+                "would "
+                "be wrong by the cut-off probability mass: turn keep_sampling_mask on, sample with top_p = 1 and "
+                "top_k = 0, or "
+                "set stability.allow_biased_truncation = true"
             )
         return self
 
@@ -239,8 +242,10 @@ def _overridden(base: C, override: DomainConfig | None) -> C:
     """`base` with the fields that a domain sets."""
     if override is None:
         return base
-    values = override.model_dump(include=set(type(base).model_fields) & set(DomainConfig.model_fields), exclude_none=True)
-    return base.model_copy(update=values)
+    values = override.model_dump(
+        include=set(type(base).model_fields) & set(DomainConfig.model_fields), exclude_none=True
+    )
+    return base.model_copy(update={key: None if value == "off" else value for key, value in values.items()})
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> TrainConfig:

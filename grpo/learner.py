@@ -113,8 +113,9 @@ class Learner:
             loss, norm = self._update(microbatches, loss_fn, stats, is_fresh=index == 0)
             losses.append(loss)
             norms.append(norm)
+            if index == 0:
+                self._record_agreement(stats)
         self.policy_version += 1
-        self._record_agreement(stats)
         return StepResult(
             stats=stats,
             losses=tuple(losses),
@@ -204,7 +205,7 @@ class Learner:
             group["lr"] = lr
 
     def _record_agreement(self, stats: StepStats) -> None:
-        """The share of replayed expert slots that the learner's own router would have chosen, over all layers."""
+        """The share of replayed expert slots that the learner's own router would have chosen, before the step's first update."""
         if self.policy.routing is not None:
             same, replayed = (int(n) for n in self.policy.routing.agreement().sum(0))
             if replayed:
@@ -227,7 +228,19 @@ class Learner:
         stats.add("kept_size", np.diff(_array(batch.kept_offsets))[~_array(batch.untruncated)])
         if is_fresh:
             difference = np.abs(_array(scored.logprobs) - _array(batch.behavior_logprobs))
-            stats.add_mismatch(difference[staleness == 0])
+            stats.add_mismatch(difference[_is_fresh_sample(staleness, batch)])
+
+
+def _is_fresh_sample(staleness: np.ndarray, batch: TrainBatch) -> np.ndarray:
+    """Tokens of samples drawn by the current weights from their first token to their last: bool [N].
+
+    In a sample that lived through a weight update the engine computed the earlier context again under the new weights, along
+    new routes, while the record keeps for each token the routes it was drawn with; its difference is staleness, not mismatch.
+    """
+    oldest = np.zeros(len(batch.domains), staleness.dtype)
+    sample_ids = _array(batch.sample_ids)
+    np.maximum.at(oldest, sample_ids, staleness)
+    return (oldest == 0)[sample_ids]
 
 
 def learning_rate(config: LearnerConfig, update: int, total_updates: int) -> float:

@@ -79,6 +79,11 @@ def learner_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
+def fresh_mismatch(metrics: Mapping[str, float], sync: SyncResult) -> dict[str, float]:
+    """`mismatch/mean_abs` of a step without fresh tokens (generation ran ahead of them all) is what the probe found."""
+    return {} if "mismatch/mean_abs" in metrics else {"mismatch/mean_abs": sync.parity_error}
+
+
 def sync_metrics(sync: SyncResult, num_restarts: int) -> Mapping[str, float]:
     """The weight sync, its probe, and how often a worker was lost so far."""
     return {

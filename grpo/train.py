@@ -34,7 +34,7 @@ from grpo.preflight import Preflight, check, domain_weights
 from grpo.progress import Progress
 from grpo.run_folder import SampleLog, begin_run, rewind
 from grpo.sampling import DrawnGroup, GroupSampler
-from grpo.step_metrics import learner_metrics, rollout_metrics, sync_metrics
+from grpo.step_metrics import fresh_mismatch, learner_metrics, rollout_metrics, sync_metrics
 from rollout.tasks import TaskStream
 from rollout.worker import RolloutWorker
 
@@ -117,6 +117,7 @@ class Trainer:
             self.step += 1
             sync = await self.cluster.sync_weights()
             metrics = {**rollout_metrics(groups, batch), **learner_metrics(results)}
+            metrics |= fresh_mismatch(metrics, sync)
             metrics |= self._times(groups, started, taken, trained, sync) | await self._evaluate_if_due()
             metrics["time/step_s"] = time.perf_counter() - started
             self._report(groups, metrics)

@@ -1,0 +1,1 @@
+"""The training room: configuration, batches, objective, learner, the loop and the `keel` command."""

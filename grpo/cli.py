@@ -1,0 +1,168 @@
+"""The `keel` command: reads arguments, calls one function, prints one clear message when the user has to change
+something.
+
+Everything heavier than typer is imported inside the command that needs it, so that `keel --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from grpo.config import TrainConfig
+
+USER_ERROR = 2
+"""Exit code when the run file, the arguments or the installation have to change."""
+RUN_FAILED = 1
+"""Exit code when a run stopped itself: an engine without the learner's weights, an actor that did not answer."""
+
+app = typer.Typer(
+    name="keel",
+    help="RL post-training for language models in which training sees exactly what generation saw.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunFile = Annotated[Path, typer.Argument(help="The run file, for example examples/quickstart/train.toml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("-o", "--override", metavar="TABLE.KEY=VALUE", help="Replaces one value of the run file; repeatable."),
+]
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    override: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of the same name first.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; start nothing.")
+    ] = False,
+) -> None:
+    """Trains a model with RL."""
+    config = _load(run_file, override)
+    if dry_run:
+        _print_plan(config, run_file)
+        return
+    if fresh and resume:
+        raise typer.BadParameter("--fresh deletes what --resume continues: give one of them")
+    if fresh:
+        from grpo.run_folder import delete_run
+
+        delete_run(config.run_dir)
+    from grpo.train import train as run_training
+
+    run_dir = run_training(config, run_file=run_file, resume=resume)
+    typer.echo(f"\nrun folder: {run_dir}\nsee it with: keel report {run_dir}")
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="A run folder (its newest checkpoint), or a run file (its base model)."),
+    ],
+    override: Overrides = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of the run other than its newest.")] = None,
+) -> None:
+    """Measures accuracy on the held-out tasks."""
+    if target.is_dir():
+        from grpo.checkpoint import list_checkpoints
+        from grpo.run_folder import load_run
+
+        config, run_file = load_run(target)
+        checkpoint = checkpoint or next(reversed(list_checkpoints(target)), None)
+    else:
+        config, run_file = _load(target, override), target
+    from grpo.evaluate import evaluate_run
+
+    _print_result(evaluate_run(config, run_file=run_file, checkpoint=checkpoint))
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart.")],
+    output: Annotated[
+        Path | None, typer.Option("-O", "--output", help="The HTML file; default RUN_DIR/report.html.")
+    ] = None,
+) -> None:
+    """Writes one self-contained HTML page about a run."""
+    from grpo.report import write_report
+
+    typer.echo(write_report(run_dir, output))
+
+
+@app.command()
+def doctor(
+    run_file: Annotated[Path | None, typer.Argument(help="Also check this run file.")] = None,
+    override: Overrides = None,
+) -> None:
+    """Checks versions, features, hardware and, if given, a run file."""
+    from grpo.doctor import run_doctor
+
+    if not run_doctor(run_file, tuple(override or ())):
+        raise typer.Exit(1)
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="A batch that a run with debug.dump_batches = true wrote.")],
+) -> None:
+    """Recomputes loss and gradient norm of a recorded batch."""
+    from grpo.replay import replay_file
+
+    _print_result(replay_file(file))
+
+
+def main() -> None:
+    """Runs the command line; a mistake of the user is one message, not a traceback. Ctrl-C exits with 130 (typer does
+    it)."""
+    try:
+        app()
+    except (ValueError, RuntimeError) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(code)
+
+
+def _exit_code(error: ValueError | RuntimeError) -> int | None:
+    """What to exit with when the message says all; None for an error whose traceback is needed."""
+    from grpo.config import ConfigError
+    from rewards.load import RewardError
+    from rollout.tasks import TaskError
+    from rollout.tokenizer import TokenizerError
+
+    if isinstance(error, ConfigError | RewardError | TaskError | TokenizerError):
+        return USER_ERROR
+    # Matched by name: importing these classes would load torch and Ray to report a mistake in `keel report`.
+    return RUN_FAILED if type(error).__name__ in ("ParityError", "ClusterError", "ModelCheckError") else None
+
+
+def _load(run_file: Path, override: list[str] | None) -> TrainConfig:
+    from grpo.config import load_config
+
+    return load_config(run_file, tuple(override or ()))
+
+
+def _print_plan(config: TrainConfig, run_file: Path) -> None:
+    from rich.console import Console
+
+    from grpo.plan import make_plan, render
+    from grpo.preflight import check
+
+    Console().print(render(make_plan(config, check(config, run_file))))
+
+
+def _print_result(result: dict[str, object]) -> None:
+    width = max((len(key) for key in result), default=0)
+    for key, value in result.items():
+        typer.echo(f"{key:<{width}}  {value:.6g}" if isinstance(value, float) else f"{key:<{width}}  {value}")

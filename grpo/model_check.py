@@ -1,0 +1,143 @@
+"""Start-up checks of a loaded model, on a few random tokens: packed sequences stay apart, replay reaches every
+router, and the head's log-probabilities are those of the model's logits. Each failure here would otherwise be silent
+and train on wrong numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.attention import MODES, AttentionMode, attention_kwargs, set_attention
+from grpo.head import Supports
+from stability.keep_routing import decoder_layers
+
+if TYPE_CHECKING:
+    from grpo.model import PolicyModel
+
+LENGTHS = (10, 1, 14, 7)
+"""The check's sequences: unequal, one of a single token."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""Largest mean |difference| of logits over mean |logit|. Sequences that see each other give 0.3 and more; float32
+rounding gives 1e-6, and up to 1e-3 leaves room for one near-tie in a router."""
+
+Trial = tuple[Tensor, Tensor, Tensor]
+"""token_ids [T], position_ids [T], cu_seqlens [S + 1]."""
+
+
+class ModelCheckError(RuntimeError):
+    """A model that cannot be trained rightly as it is; the message says what is wrong and what to do."""
+
+
+def choose_attention(module: PreTrainedModel) -> AttentionMode:
+    """Sets and returns the first attention mode in which packed rows equal separate ones.
+
+    Raises:
+        ModelCheckError: none does.
+    """
+    reference = _separate_logits(module)
+    reasons = []
+    for mode in MODES:
+        try:
+            set_attention(module, mode)
+            error = _packing_error(module, mode, reference)
+        except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError) as refusal:
+            reasons.append(f"{mode}: {type(refusal).__name__}: {refusal}")
+            continue
+        if error <= TOLERANCE[torch.float32]:
+            return mode
+        reasons.append(f"{mode}: logits differ by {error:.1e} of their mean size")
+    raise ModelCheckError(
+        f"{type(module).__name__}: no attention mode keeps packed sequences apart, so it cannot be trained "
+        "here; choose another model.path. Tried " + "; ".join(reasons)
+    )
+
+
+def check_packing(module: PreTrainedModel, mode: AttentionMode, compute_dtype: torch.dtype) -> None:
+    """Compares packed with separate once more where training will run: another device, sharded, in `compute_dtype`.
+
+    Raises:
+        ModelCheckError: they differ by more than `TOLERANCE[compute_dtype]`.
+    """
+    module.set_attn_implementation("eager" if mode.startswith("eager") else "sdpa")
+    reference = _separate_logits(module)
+    set_attention(module, mode)
+    error = _packing_error(module, mode, reference)
+    if not error <= TOLERANCE[compute_dtype]:  # also where it is not a number
+        raise ModelCheckError(
+            f"{type(module).__name__}: packed logits differ from separate ones by {error:.1e} of their mean size on "
+            f"{reference.device} in {compute_dtype}, more than {TOLERANCE[compute_dtype]}: set learner.dtype to float32"
+        )
+
+
+def check_replay(policy: PolicyModel) -> None:
+    """Compares the policy's head with its logits, and counts that replayed experts reach every router.
+
+    Raises:
+        ModelCheckError: one of them is off.
+    """
+    token_ids, position_ids, cu_seqlens = _trial(policy.module)
+    kwargs = attention_kwargs(policy.module, policy.attention, position_ids, cu_seqlens, max(LENGTHS))
+    rows = torch.arange(1, len(token_ids) - 1, 2)
+    targets, no_ids = token_ids[rows + 1], torch.zeros(0, dtype=torch.int64)
+    everything = Supports(
+        no_ids.new_zeros(len(rows) + 1), no_ids, torch.ones_like(rows, dtype=torch.bool), targets, torch.ones(len(rows))
+    )
+    with torch.no_grad():
+        logits = policy.module(input_ids=token_ids[None], **kwargs).logits[0]
+        with policy.head.over(everything):
+            answered = policy.module(input_ids=token_ids[None], logits_to_keep=rows, **kwargs).logits
+    expected = logits[rows].log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    is_right = answered.shape == (1, 2, len(rows)) and (answered[0, 0] - expected).abs().mean() <= 1e-3  # nats
+    if not is_right:
+        raise ModelCheckError(
+            f"{type(policy.module).__name__}: the log-probabilities of its head are not those of its logits (does it "
+            "scale or cap them, or ignore logits_to_keep?): choose another model.path"
+        )
+    if policy.routing is not None:
+        _check_routing(policy, token_ids, kwargs)
+
+
+def _check_routing(policy: PolicyModel, token_ids: Tensor, kwargs: dict) -> None:
+    assert policy.routing is not None
+    num_layers, num_slots = len(decoder_layers(policy.module)), policy.routing.slots_per_token
+    forced = torch.arange(num_slots, dtype=torch.int16).expand(len(token_ids), num_layers, num_slots)
+    with torch.no_grad(), policy.routing.counting():
+        policy.module(input_ids=token_ids[None], routed_experts=forced, **kwargs)
+    replayed = policy.routing.agreement()[:, 1].tolist()
+    policy.routing.reset()
+    if any(count != len(token_ids) * num_slots for count in replayed):
+        raise ModelCheckError(
+            f"{type(policy.module).__name__}: replayed experts reached {replayed} slots of "
+            f"{len(token_ids) * num_slots} per MoE layer: set stability.keep_routing = false"
+        )
+
+
+def _trial(module: PreTrainedModel) -> Trial:
+    device = next(module.parameters()).device
+    lengths = torch.tensor(LENGTHS)
+    vocab_size = module.config.get_text_config().vocab_size
+    token_ids = torch.randint(vocab_size, (int(lengths.sum()),), generator=torch.Generator().manual_seed(0))
+    position_ids = torch.cat([torch.arange(length) for length in LENGTHS])
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
+    return token_ids.to(device), position_ids.to(device), cu_seqlens.to(device)
+
+
+@torch.no_grad()
+def _separate_logits(module: PreTrainedModel) -> Tensor:
+    """The logits [T, V] of the check's sequences run one at a time, in the model's present attention."""
+    token_ids, _, _ = _trial(module)
+    logits = [module(input_ids=part[None], use_cache=False).logits[0] for part in token_ids.split(LENGTHS)]
+    return torch.cat(logits)
+
+
+@torch.no_grad()
+def _packing_error(module: PreTrainedModel, mode: AttentionMode, reference: Tensor) -> float:
+    """Mean |packed - separate| over mean |separate| of all logits."""
+    token_ids, position_ids, cu_seqlens = _trial(module)
+    kwargs = attention_kwargs(module, mode, position_ids, cu_seqlens, max(LENGTHS))
+    logits = module(input_ids=token_ids[None], **kwargs).logits[0]
+    return float((logits - reference).abs().mean() / reference.abs().mean())

@@ -1,0 +1,143 @@
+"""One learner process: packing does not change gradients, several updates, save and load, streamed weights, export."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from grpo.batch import TrainBatch, Update, pack, plan_updates
+from grpo.config import LearnerConfig
+from grpo.learner import Learner, LearnerError, LearnerSpec, learning_rate
+from grpo.loss import sft_loss
+from grpo.replay import dump_step, replay_file
+from rollout.weight_sync import unpack_bucket
+from tests.samples import make_samples
+from tests.tiny_models import make_qwen3_moe
+
+ROUTES = (3, 2, 8)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> Path:
+    path = make_qwen3_moe(tmp_path_factory.mktemp("model") / "moe")
+    vocab = {f"<{i}>": i for i in range(99)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<1>").save_pretrained(path)
+    return path
+
+
+def make_spec(model_path: Path, **changes) -> LearnerSpec:
+    config = LearnerConfig(lr=1e-3, dtype="float32", gradient_checkpointing=False, max_grad_norm=100.0)
+    spec = LearnerSpec(str(model_path), config, True, True, "float32", total_updates=10)
+    return replace(spec, **changes)
+
+
+def batches_of(update: Update) -> list[TrainBatch]:
+    return [pack(microbatch) for rank in update.ranks for microbatch in rank]
+
+
+def gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in learner.policy.module.named_parameters() if p.grad is not None}
+
+
+def test_any_packing_gives_the_same_loss_and_gradients(model_path):
+    samples = make_samples(1, num_groups=4, routes=ROUTES)
+    results = []
+    for max_tokens in (10_000, 40, 20):
+        learner = Learner(make_spec(model_path))
+        (update,) = plan_updates(samples, max_tokens=max_tokens)
+        result = learner.train([batches_of(update)])
+        results.append((result.losses[0], result.grad_norms[0], gradients(learner), len(update.ranks[0])))
+    assert results[0][3] == 1 and results[2][3] > 5
+    for loss, norm, grads, _ in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-6)
+        assert norm == pytest.approx(results[0][1], rel=1e-5)
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, results[0][2][name], atol=2e-6, rtol=1e-4)
+
+
+def test_updates_are_applied_one_after_another_and_the_version_counts_steps(model_path):
+    samples = make_samples(2, num_groups=4, routes=ROUTES)
+    together, apart = Learner(make_spec(model_path)), Learner(make_spec(model_path))
+    updates = [batches_of(u) for u in plan_updates(samples, num_updates=2, max_tokens=1000)]
+    both = together.train(updates)
+    one_by_one = [apart.train([update]) for update in updates]
+    assert both.losses == tuple(r.losses[0] for r in one_by_one)
+    assert together.policy_version == 1 and apart.policy_version == 2
+    for a, b in zip(together.policy.module.parameters(), apart.policy.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_saved_learner_continues_bit_equal(model_path, tmp_path):
+    steps = [[batches_of(u) for u in plan_updates(make_samples(s, routes=ROUTES), max_tokens=64)] for s in range(4)]
+    straight, first = Learner(make_spec(model_path)), Learner(make_spec(model_path))
+    for updates in steps[:2]:
+        straight.train(updates)
+        first.train(updates)
+    first.save(tmp_path / "state")
+    resumed = Learner(make_spec(model_path))
+    resumed.load(tmp_path / "state")
+    for updates in steps[2:]:
+        assert straight.train(updates).losses == resumed.train(updates).losses
+    for a, b in zip(straight.policy.module.parameters(), resumed.policy.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (resumed.policy_version, resumed.num_updates) == (straight.policy_version, straight.num_updates)
+
+
+def test_streamed_weights_are_the_checkpoint_and_export_loads_in_transformers(model_path, tmp_path):
+    learner = Learner(make_spec(model_path))
+    sent = {n: t.clone() for b in learner.weight_buckets(1 << 16) for n, t in unpack_bucket(b)}
+    saved = load_file(model_path / "model.safetensors")
+    assert sent.keys() == saved.keys()
+    assert all(torch.equal(sent[name], saved[name]) for name in saved)
+    learner.train([batches_of(u) for u in plan_updates(make_samples(0, routes=ROUTES), max_tokens=1000)])
+    learner.export(tmp_path / "model")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for (name, a), b in zip(exported.named_parameters(), learner.policy.module.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert (tmp_path / "model" / "tokenizer.json").exists()
+
+
+def test_sft_raises_the_likelihood_of_its_tokens(model_path):
+    learner = Learner(make_spec(model_path, needs_reference=False))
+    batches = batches_of(plan_updates(make_samples(7, num_groups=2), max_tokens=1000)[0])
+    before = learner.score(batches).mean()
+    for _ in range(5):
+        learner.train([batches], sft_loss)
+    assert learner.score(batches).mean() > before + 0.05
+
+
+def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes(model_path):
+    learner = Learner(make_spec(model_path))
+    before = [p.clone() for p in learner.policy.module.parameters()]
+    (batch,) = batches_of(plan_updates(make_samples(1, num_groups=1, routes=ROUTES), max_tokens=1000)[0])
+    with pytest.raises(LearnerError, match="gradient norm is nan"):
+        learner.train([[replace(batch, advantages=batch.advantages * float("nan"))]])
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.module.parameters(), strict=True))
+
+
+def test_a_recorded_step_replays_bit_identically_and_a_changed_one_does_not(model_path, tmp_path):
+    learner = Learner(make_spec(model_path))
+    updates = [batches_of(u) for u in plan_updates(make_samples(1, routes=ROUTES), num_updates=2, max_tokens=64)]
+    dump_step(learner, updates, tmp_path / "step-000001")
+    assert replay_file(tmp_path / "step-000001")["verdict"] == "bit-identical"
+    batches = torch.load(tmp_path / "step-000001" / "rank-0.pt", weights_only=True)
+    batches[0][0]["routed_experts"] = (batches[0][0]["routed_experts"] + 1) % 8
+    torch.save(batches, tmp_path / "step-000001" / "rank-0.pt")
+    assert replay_file(tmp_path / "step-000001" / "rank-0.pt")["verdict"] == "DIFFERENT"
+
+
+def test_learning_rate_schedules():
+    constant = LearnerConfig(lr=2.0, warmup_steps=4)
+    assert [learning_rate(constant, i, 10) for i in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    cosine = LearnerConfig(lr=2.0, schedule="cosine", warmup_steps=2)
+    values = [learning_rate(cosine, i, 12) for i in range(13)]
+    assert values[2] == 2.0 and values[7] == pytest.approx(1.0) and values[12] == pytest.approx(0.0)
+    assert np.all(np.diff(values[2:]) < 0)

@@ -1,0 +1,177 @@
+"""The whole loop on real Ray and real vLLM, with faults injected into real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo.checkpoint import list_checkpoints, read_trainer_state
+from grpo.config import load_config
+from grpo.metrics import read_metrics, read_rows
+from grpo.parity import ParityError
+from grpo.train import train
+from rollout.weight_sync import WeightBucket, pack_buckets, unpack_bucket
+from rollout.worker import RolloutWorker
+from tests.toy import write_run
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class CorruptingWorker(RolloutWorker):
+    """Swaps two experts of the first layer in every weight sync but the first."""
+
+    num_syncs = 0
+
+    async def begin_weight_update(self) -> None:
+        self.num_syncs += 1
+        await super().begin_weight_update()
+
+    async def load_weights(self, bucket: WeightBucket) -> None:
+        if self.num_syncs > 1:
+            swap = {"layers.0.mlp.experts.0.": "layers.0.mlp.experts.1.", "layers.0.mlp.experts.1.": "layers.0.mlp.experts.0."}
+            tensors = [(_swapped(name, swap), tensor) for name, tensor in unpack_bucket(bucket)]
+            (bucket,) = pack_buckets(tensors, max_bytes=1 << 30)
+        await super().load_weights(bucket)
+
+
+def _swapped(name: str, swap: dict[str, str]) -> str:
+    for old, new in swap.items():
+        if old in name:
+            return name.replace(old, new)
+    return name
+
+
+def test_a_corrupted_sync_is_caught_by_the_probe_and_stops_the_run(ray_address, toy_model, tmp_path):
+    run_file = write_run(tmp_path, toy_model, cluster={"address": ray_address})
+    config = load_config(run_file)
+    with pytest.raises(ParityError, match=r"rollout worker 0 does not hold the learner's weights .* version 1"):
+        train(config, run_file=run_file, worker_class=CorruptingWorker)
+    assert [row["step"] for row in read_metrics(config.run_dir)] == [0], "nothing may be trained on a corrupt engine"
+
+
+def test_a_killed_worker_is_replaced_and_no_sample_is_lost_or_doubled(ray_address, toy_model, tmp_path):
+    run_file = write_run(
+        tmp_path,
+        toy_model,
+        cluster={"address": ray_address},
+        run={"steps": 5},
+        rollout={"workers": 2, "max_concurrent_sequences": 4},
+        sampling={"max_new_tokens": 48},
+    )
+    config = load_config(run_file)
+    killed: list[int] = []
+    watcher = threading.Thread(target=_kill_a_worker_after_step, args=(config.run_dir, 1, killed), daemon=True)
+    watcher.start()
+    train(config, run_file=run_file)
+    watcher.join(timeout=10)
+    rows = read_metrics(config.run_dir)
+    assert len(killed) == 1 and rows[-1]["rollout/worker_restarts"] == 1
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    for row in rows[1:]:
+        dropped = 4 * row["train/zero_signal_groups"] + row["train/dropped_samples"]
+        assert row["train/num_samples"] + dropped == 24
+        assert row["mismatch/mean_abs"] < 1e-5
+    groups = {(sample["group"], sample["step"]) for sample in read_rows(config.run_dir / "samples.jsonl")}
+    assert sorted(group for group, _ in groups) == list(range(30)), "every group is trained on once"
+
+
+def _kill_a_worker_after_step(run_dir: Path, step: int, killed: list[int]) -> None:
+    while not any(row["step"] >= step for row in read_metrics(run_dir)):
+        time.sleep(0.02)
+    workers = [p for p in psutil.process_iter(["cmdline"]) if "RolloutActor" in " ".join(p.info["cmdline"] or [])]
+    victim = max(workers, key=lambda p: p.create_time())
+    os.kill(victim.pid, signal.SIGKILL)
+    killed.append(victim.pid)
+
+
+def test_in_flight_updates_keep_the_bound_and_the_records(ray_address, toy_model, tmp_path):
+    run_file = write_run(
+        tmp_path,
+        toy_model,
+        cluster={"address": ray_address},
+        run={"steps": 6},
+        grpo={"max_off_policy_steps": 2},
+        sampling={"max_new_tokens": 48},
+        learner={"lr": 1e-4},
+    )
+    config = load_config(run_file)
+    train(config, run_file=run_file)
+    rows = read_metrics(config.run_dir)[1:]
+    assert max(row["train/staleness_max"] for row in rows) == 2
+    assert all(row["parity/max_mean_abs"] < 1e-5 and row["mismatch/mean_abs"] < 1e-5 for row in rows)
+    assert all(row["train/dropped_samples"] == 0 for row in rows)
+    # A mixed record would show here: with the right supports and routes the small steps keep ratios near one.
+    assert all(abs(row["train/ratio_mean"] - 1) < 0.05 for row in rows)
+
+
+def test_stopped_and_killed_runs_resume_bit_equal_to_an_uninterrupted_one(ray_address, toy_model, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    settings = {
+        "run": {"steps": 8, "checkpoint_every": 2},
+        "cluster": {"address": ray_address},
+        "sampling": {"max_new_tokens": 24},
+    }
+    for folder in (straight, broken):
+        folder.mkdir()
+    run_file = write_run(straight, toy_model, **_own_folder(settings, straight))
+    train(load_config(run_file), run_file=run_file)
+    run_file = write_run(broken, toy_model, **_own_folder(settings, broken))
+    run_dir = load_config(run_file).run_dir
+
+    interrupted = _run_and_signal(run_file, signal.SIGINT, lambda: _last_step(run_dir) >= 1)
+    assert interrupted.returncode == 0 and "continue with --resume" in interrupted.stdout
+    stopped_at = read_trainer_state(list_checkpoints(run_dir)[-1]).step
+    assert 1 <= stopped_at < 8
+
+    killed = _run_and_signal(run_file, signal.SIGKILL, lambda: _last_step(run_dir) > max(2, stopped_at), "--resume")
+    assert killed.returncode == -signal.SIGKILL
+    half = run_dir / "checkpoints" / ".partial-step-000008"
+    (half / "learner").mkdir(parents=True, exist_ok=True)
+    last = read_trainer_state(list_checkpoints(run_dir)[-1]).step
+
+    train(load_config(run_file), run_file=run_file, resume=True)
+    assert last < 8 and not half.exists()
+    expected, rows = read_metrics(straight / "runs" / "toy"), read_metrics(run_dir)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(9))
+    for row, wanted in zip(rows[1:], expected[1:], strict=True):
+        for key in ("train/reward", "train/loss", "train/grad_norm", "train/kl", "mismatch/mean_abs", "train/ratio_mean"):
+            assert row[key] == wanted[key], f"step {row['step']}: {key}"
+    models = [load_file(folder / "runs" / "toy" / "model" / "model.safetensors") for folder in (straight, broken)]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def _own_folder(settings: dict, folder: Path) -> dict:
+    return {**settings, "run": {**settings["run"], "output_dir": str(folder / "runs")}}
+
+
+def _last_step(run_dir: Path) -> int:
+    return max((row["step"] for row in read_metrics(run_dir)), default=-1)
+
+
+def _run_and_signal(
+    run_file: Path, number: signal.Signals, when: Callable[[], bool], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Starts `keel train` as a process of its own, sends it a signal when the time has come, and waits for its end."""
+    command = [sys.executable, "-c", "from grpo.cli import main; main()", "train", str(run_file), *arguments]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not when():
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
