@@ -188,8 +188,11 @@ class Learner:
         return total.item(), norm
 
     def _reference_logprobs(self, batch: TrainBatch) -> Tensor | None:
-        """log pi_ref over the same supports; the reference routes by itself."""
-        if self.reference is None or not (batch.beta > 0).any():
+        """log pi_ref over the same supports; the reference routes by itself.
+
+        Computed for every batch of a run that has a reference, whatever its betas: the forward is a collective.
+        """
+        if self.reference is None:
             return None
         with torch.no_grad():
             return token_logprobs(self.reference, replace(batch, routed_experts=None)).logprobs
