@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from grpo.assembly import make_cluster
-from grpo.config import TrainConfig
+from grpo.config import ConfigError, TrainConfig
 from grpo.preflight import check
 from grpo.sampling import DrawnGroup, GroupSampler
 from rollout.types import Task
@@ -69,7 +69,9 @@ def evaluate_run(config: TrainConfig, *, run_file: Path, checkpoint: Path | None
 
 
 async def _evaluate_run(config: TrainConfig, run_file: Path, checkpoint: Path | None) -> dict[str, object]:
-    preflight = check(config, run_file, need_eval=True)
+    if config.tasks.eval is None:
+        raise ConfigError("tasks.eval: there are no held-out tasks to evaluate on; name a task file there")
+    preflight = check(config, run_file)
     cluster = make_cluster(config, preflight)
     try:
         await cluster.start()

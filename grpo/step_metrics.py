@@ -13,7 +13,7 @@ from grpo.learner import StepResult
 from grpo.sampling import DrawnGroup
 from grpo.stats import StepStats
 
-_TOKEN_MEANS = {"kl": "train/kl", "entropy": "train/entropy", "clipped": "train/clipped", "masked": "train/masked_sequences"}
+_LEARNER_MEANS = {"kl": "train/kl", "entropy": "train/entropy", "clipped": "train/clipped", "masked": "train/masked_sequences"}
 """Learner statistics that are reported as plain means, by domain too."""
 
 
@@ -51,7 +51,10 @@ def _reward_metrics(groups: Sequence[DrawnGroup], suffix: str) -> dict[str, floa
 
 
 def learner_metrics(results: Sequence[StepResult]) -> dict[str, float]:
-    """The objective's quantities over all ranks and updates, and the mismatch of fresh tokens before any update."""
+    """The objective's quantities over all ranks and updates, and the mismatch of fresh tokens before any update.
+
+    A quantity that no token of the step has (all groups dropped, say) is NaN.
+    """
     stats = StepStats()
     for result in results:
         stats.merge(result.stats)
@@ -72,16 +75,17 @@ def learner_metrics(results: Sequence[StepResult]) -> dict[str, float]:
         "learner/tokens_per_s": sum(r.num_tokens for r in results) / max(r.time_s for r in results),
         "learner/peak_memory_gib": max(r.peak_memory_bytes for r in results) / 2**30,
     }
+    metrics |= {key: stats.mean(name) for name, key in _LEARNER_MEANS.items()}
     for name, moments in stats.moments.items():
         base, _, domain = name.partition("/")
-        if base in _TOKEN_MEANS:
-            metrics[_TOKEN_MEANS[base] + (f"/{domain}" if domain else "")] = moments.mean
-    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+        if base in _LEARNER_MEANS and domain:
+            metrics[f"{_LEARNER_MEANS[base]}/{domain}"] = moments.mean
+    return metrics
 
 
 def fresh_mismatch(metrics: Mapping[str, float], sync: SyncResult) -> dict[str, float]:
     """`mismatch/mean_abs` of a step without fresh tokens (generation ran ahead of them all) is what the probe found."""
-    return {} if "mismatch/mean_abs" in metrics else {"mismatch/mean_abs": sync.parity_error}
+    return {"mismatch/mean_abs": sync.parity_error} if math.isnan(metrics["mismatch/mean_abs"]) else {}
 
 
 def sync_metrics(sync: SyncResult, num_restarts: int) -> Mapping[str, float]:

@@ -41,7 +41,6 @@ def make_qwen3_moe(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.fl
         **_SHAPE,
         moe_intermediate_size=64,
         num_key_value_heads=2,
-        head_dim=32,
         num_experts=8,
         num_experts_per_tok=2,
         decoder_sparse_step=1,
@@ -51,8 +50,8 @@ def make_qwen3_moe(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.fl
 
 
 def make_qwen3(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    """Dense Qwen3: 3 layers. Returns the folder."""
-    config = Qwen3Config(**_SHAPE | {"num_key_value_heads": 2, "head_dim": 32})
+    """Dense Qwen3: 3 layers, heads of 128. Returns the folder."""
+    config = Qwen3Config(**_SHAPE, num_key_value_heads=2)
     return _save(Qwen3ForCausalLM, config, folder, seed, dtype)
 
 
@@ -102,7 +101,7 @@ def _save(
     dtype: torch.dtype,
 ) -> Path:
     generator = torch.Generator().manual_seed(seed)
-    model = architecture(config)
+    model: Any = architecture(config)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias"):

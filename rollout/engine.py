@@ -1,0 +1,376 @@
+"""One vLLM engine in this process: token ids in, token-exact completions out, weights replaced in place.
+
+A thread of its own owns the engine and is the only one that touches it: it builds it, steps it, and between two steps
+runs what callers have posted. Callers may live in any event loop. vLLM is imported when an engine is built, never by
+importing this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rollout.config import RolloutConfig
+from rollout.types import Completion, GenerateRequest
+from rollout.vllm_plugin.record import (
+    ArrayChunks,
+    EngineError,
+    EngineStats,
+    check_request,
+    prompt_input,
+    read_completion,
+    sampling_params,
+)
+from rollout.vllm_plugin.start import start_llm_engine
+from rollout.vllm_plugin.update import begin_update, finish_update, load_bucket
+
+if TYPE_CHECKING:  # it imports torch
+    from rollout.weight_sync import WeightBucket
+
+__all__ = ["Engine", "EngineError", "EngineStats"]
+
+_ONE_PER_PROCESS = threading.Lock()
+_T = TypeVar("_T")
+_Reason = tuple[str, BaseException | None]
+"""What happened, and the exception behind it."""
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One `generate` call on its way: its completions fill up in the order of its seeds."""
+
+    request: GenerateRequest
+    future: Future[tuple[Completion, ...]]
+    completions: list[Completion | None]
+    sequence_ids: list[str]
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One request inside vLLM."""
+
+    call: _Call
+    place: int
+    """Index among the call's seeds."""
+    state: Any
+    """vLLM's output state of the request."""
+    core_request: Any
+    """vLLM's scheduler's record of the request; it counts the preemptions."""
+    kept_chunks: ArrayChunks | None
+
+
+class Engine:
+    """A real vLLM engine (Model Runner V2, in process) that records kept sets and routes as it generates.
+
+    `record_kept` and `record_routing` are switches of the whole engine. A model without experts has no routes: with
+    `record_routing` its completions carry None. `max_model_len` bounds prompt plus completion, in tokens. Raises
+    EngineError if vLLM cannot be started, or if this process already runs an engine: vLLM keeps global state.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        config: RolloutConfig,
+        *,
+        max_model_len: int,
+        record_kept: bool,
+        record_routing: bool,
+        seed: int = 0,
+    ) -> None:
+        self._max_model_len = max_model_len
+        self._record_kept = record_kept
+        self._has_routes = record_routing
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._sequences: dict[str, _Sequence] = {}
+        self._ids = itertools.count()
+        self._stats = EngineStats()
+        self._updating = False
+        self._stopping = False
+        self._refusal: _Reason | None = None
+        """Why generation is refused: a weight update failed. Lifted by a complete one."""
+        self._death: _Reason | None = None
+        self._door = threading.Lock()
+        """Guards `_death` against `_inbox`: nothing is posted to a thread that will not read it."""
+        self._llm: Any = None
+        self._vocab_size = 0
+        start = {"max_model_len": max_model_len, "record_kept": record_kept, "record_routing": record_routing}
+        if not _ONE_PER_PROCESS.acquire(blocking=False):
+            raise EngineError("this process already runs an engine; shut it down, or start this one in another process")
+        built: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                self._run(lambda: start_llm_engine(model_path, config, seed=seed, **start), built)
+            finally:
+                _ONE_PER_PROCESS.release()
+
+        self._thread = threading.Thread(target=run, name="keel-engine", daemon=True)
+        self._thread.start()
+        built.result()
+
+    async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
+        """One completion per seed, in the order of the seeds, each with a `Replay` of what was recorded.
+
+        Cancelling the call aborts its sequences. Raises ValueError for a request that cannot be served, EngineError if
+        the engine has failed or holds half-updated weights.
+        """
+        check_request(request, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
+        future: Future[tuple[Completion, ...]] = Future()
+        call = _Call(request, future, [None] * len(request.seeds), [])
+        self._post(lambda: self._submit(call), future)
+        future.add_done_callback(lambda done: self._forget(call) if done.cancelled() else None)
+        return await asyncio.wrap_future(future)
+
+    async def abort(self) -> None:
+        """Ends every sequence now: the pending calls return what was drawn so far, finish reason `ABORT`."""
+        await self._ask(self._abort_all)
+
+    async def begin_weight_update(self) -> None:
+        """Holds the engine between two steps; requests stay, new ones queue. An unfinished update is dropped first."""
+        await self._ask(self._begin_update)
+
+    async def load_weights(self, bucket: WeightBucket) -> None:
+        """Loads some of the checkpoint's tensors, under their checkpoint names.
+
+        Raises EngineError if they do not load: pending calls fail, and the engine refuses to generate until a complete
+        update has succeeded.
+        """
+        await self._ask(lambda: self._load(bucket))
+
+    async def finish_weight_update(self, policy_version: int) -> None:
+        """Puts the new weights in force, empties every cache made with the old ones, and goes on.
+
+        Sequences that were running continue: their context is computed again and the tokens drawn from here on carry
+        `policy_version`. Raises EngineError as `load_weights` does, also if tensors are missing.
+        """
+        await self._ask(lambda: self._finish_update(policy_version))
+
+    def stats(self) -> EngineStats:
+        """The counters as they stand."""
+        llm = self._llm
+        if llm is None:
+            return self._stats
+        running, waiting = llm.engine_core.engine_core.scheduler.get_request_counts()
+        return replace(self._stats, num_running=running, num_waiting=waiting)
+
+    def shutdown(self) -> None:
+        """Stops the thread and frees the engine; pending calls raise EngineError. Safe to call again."""
+
+        def stop() -> None:
+            self._stopping = True
+
+        self._inbox.put(stop)
+        self._thread.join()
+
+    # -- the caller's side ------------------------------------------------------------------------------------------
+
+    def _post(self, command: Callable[[], None], future: Future[Any]) -> None:
+        """Has the engine's thread run `command` between two steps; what it raises ends up in the future."""
+
+        def run() -> None:
+            try:
+                if self._death is not None:
+                    raise _error(self._death)
+                command()
+            except BaseException as error:
+                _reject(future, error)
+                if not isinstance(error, Exception):
+                    raise
+
+        with self._door:
+            if self._death is None:
+                self._inbox.put(run)
+                return
+        _reject(future, _error(self._death))
+
+    async def _ask(self, command: Callable[[], _T]) -> _T:
+        future: Future[_T] = Future()
+        self._post(lambda: _resolve(future, command()), future)
+        return await asyncio.wrap_future(future)
+
+    def _forget(self, call: _Call) -> None:
+        """Aborts a call that nobody waits for any more."""
+        self._post(lambda: self._drop(call), Future())
+
+    # -- the engine's thread ----------------------------------------------------------------------------------------
+
+    def _run(self, start: Callable[[], Any], built: Future[None]) -> None:
+        try:
+            self._llm = start()
+            model = self._llm.vllm_config.model_config
+            self._vocab_size = model.get_vocab_size()
+            self._has_routes = self._has_routes and model.is_moe
+        except BaseException as error:
+            self._death = ("vLLM could not be started", error)
+            built.set_exception(_error(self._death))
+            return
+        built.set_result(None)
+        try:
+            self._serve()
+        except BaseException as error:
+            self._die(("the engine's thread died in a step", error))
+        else:
+            self._die(("the engine was shut down", None))
+        self._release()
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            if self._updating or not self._sequences:
+                self._inbox.get()()
+            while not self._inbox.empty():
+                self._inbox.get()()
+            if self._sequences and not self._updating and not self._stopping:
+                self._step()
+
+    def _step(self) -> None:
+        outputs = self._llm.step()
+        self._stats = replace(self._stats, num_steps=self._stats.num_steps + 1)
+        for output in outputs:
+            self._finish_sequence(output)
+
+    def _submit(self, call: _Call) -> None:
+        if self._refusal is not None:
+            raise _error(self._refusal)
+        if call.future.cancelled():
+            return
+        try:
+            for place in range(len(call.request.seeds)):
+                self._add_sequence(call, place)
+        except BaseException:
+            self._drop(call)
+            raise
+
+    def _add_sequence(self, call: _Call, place: int) -> None:
+        sequence_id = str(next(self._ids))
+        sampling = sampling_params(call.request, call.request.seeds[place], self._vocab_size)
+        internal_id = self._llm.add_request(sequence_id, prompt_input(call.request), sampling)
+        state = self._llm.output_processor.request_states[internal_id]
+        kept_chunks = ArrayChunks() if self._record_kept else None
+        if kept_chunks is not None:
+            state.sampling_mask_chunks = kept_chunks
+        core_request = self._llm.engine_core.engine_core.scheduler.requests[internal_id]
+        self._sequences[sequence_id] = _Sequence(call, place, state, core_request, kept_chunks)
+        call.sequence_ids.append(sequence_id)
+
+    def _finish_sequence(self, output: Any) -> None:
+        sequence = self._sequences.pop(output.request_id, None)
+        if sequence is None:
+            return  # its call was dropped earlier in this step
+        call = sequence.call
+        call.sequence_ids.remove(output.request_id)
+        self._stats = self._stats.with_finished(output, sequence.core_request.num_preemptions)
+        try:
+            call.completions[sequence.place] = self._read(output.outputs[0], sequence)
+        except EngineError as error:
+            self._drop(call)
+            _reject(call.future, error)
+            return
+        if not call.sequence_ids:
+            _resolve(call.future, tuple(completion for completion in call.completions if completion is not None))
+
+    def _read(self, output: Any, sequence: _Sequence) -> Completion:
+        request = sequence.call.request
+        return read_completion(
+            output,
+            request,
+            request.seeds[sequence.place],
+            kept_chunks=sequence.kept_chunks if request.truncates else None,
+            has_routes=self._has_routes,
+        )
+
+    def _drop(self, call: _Call) -> None:
+        """Aborts what is left of a call inside vLLM."""
+        for sequence_id in call.sequence_ids:
+            self._sequences.pop(sequence_id, None)
+        self._llm.abort_request(call.sequence_ids)
+        call.sequence_ids = []
+
+    def _abort_all(self) -> None:
+        from vllm.v1.engine import FinishReason as VllmFinishReason
+
+        for sequence_id, sequence in list(self._sequences.items()):
+            output = sequence.state.make_request_output([], None, VllmFinishReason.ABORT, None)
+            self._llm.abort_request([sequence_id])
+            self._finish_sequence(output)
+
+    def _begin_update(self) -> None:
+        self._updating = True
+        with self._refusing("could not begin"):
+            begin_update(self._llm, self._step)
+
+    def _load(self, bucket: WeightBucket) -> None:
+        self._expect_update("load_weights")
+        with self._refusing("could not load a bucket"):
+            load_bucket(self._llm, bucket)
+
+    def _finish_update(self, policy_version: int) -> None:
+        self._expect_update("finish_weight_update")
+        with self._refusing("could not be finished"):
+            finish_update(self._llm, str(policy_version))
+        self._stats = replace(self._stats, policy_version=policy_version)
+        self._refusal = None
+        self._updating = False
+
+    def _expect_update(self, step: str) -> None:
+        if not self._updating:
+            raise EngineError(f"{step} without an update in progress; call begin_weight_update first")
+
+    @contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong inside leaves weights that are neither old nor new: nothing may be drawn from them."""
+        try:
+            yield
+        except Exception as error:
+            self._updating = False
+            self._refusal = (f"a weight update {what}; run a complete one before generating", error)
+            for call in self._pending_calls():
+                self._drop(call)
+                _reject(call.future, _error(self._refusal))
+            raise _error(self._refusal) from error
+
+    def _pending_calls(self) -> set[_Call]:
+        return {sequence.call for sequence in self._sequences.values()}
+
+    def _die(self, reason: _Reason) -> None:
+        """From here on every call fails at once; so do those that wait for the thread."""
+        with self._door:
+            self._death = reason
+        for call in self._pending_calls():
+            _reject(call.future, _error(reason))
+        self._sequences.clear()
+        while not self._inbox.empty():
+            self._inbox.get()()  # each command finds the engine dead and fails its caller
+
+    def _release(self) -> None:
+        """Frees the model and the KV cache, so that this process can build another engine."""
+        llm, self._llm = self._llm, None
+        llm.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def _error(reason: _Reason) -> EngineError:
+    """A new exception per caller: one that is raised twice would gather both tracebacks."""
+    message, cause = reason
+    error = EngineError(message if cause is None else f"{message}: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error
+
+
+def _resolve(future: Future[_T], result: _T) -> None:
+    """Sets the result, unless the caller has gone."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(result)
+
+
+def _reject(future: Future[Any], error: BaseException) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)

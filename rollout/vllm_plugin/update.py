@@ -1,0 +1,55 @@
+"""A weight update as vLLM's engine sees it: hold, load, put in force. Called by the engine's thread only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rollout.vllm_plugin.record import EngineError
+
+if TYPE_CHECKING:  # it imports torch
+    from rollout.weight_sync import WeightBucket
+
+_MAX_DRAIN_STEPS = 16
+"""One or two steps are in flight at most; more means that the engine does not come to rest."""
+
+
+def begin_update(llm: Any, step: Callable[[], None]) -> None:
+    """Stops scheduling, takes in the steps still in flight, and opens the model for loading.
+
+    What an earlier update left unfinished is taken back first. Steps in flight were computed with the old weights and
+    are labelled with them.
+    """
+    from vllm.v1.core.sched.interface import PauseState
+
+    from rollout.vllm_plugin.weight_transfer import abandon_update
+
+    core = llm.engine_core.engine_core
+    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    for _ in range(_MAX_DRAIN_STEPS):
+        if not core.batch_queue:
+            break
+        step()
+    else:
+        raise EngineError(f"{_MAX_DRAIN_STEPS} steps did not empty vLLM's queue of batches")
+    llm.collective_rpc(abandon_update)
+    llm.collective_rpc("start_weight_update")
+
+
+def load_bucket(llm: Any, bucket: WeightBucket) -> None:
+    """Loads one bucket in every worker of the engine."""
+    llm.collective_rpc("update_weights", args=({"bucket": bucket},))
+
+
+def finish_update(llm: Any, version: str) -> None:
+    """Packs what was loaded, drops every cached value of the old weights, labels the new ones, schedules again.
+
+    Running requests lose their KV cache and compute their context again under the new weights.
+    """
+    from vllm.v1.core.sched.interface import PauseState
+
+    llm.collective_rpc("finish_weight_update")
+    if not llm.reset_prefix_cache(reset_running_requests=True):
+        raise EngineError("vLLM did not empty its prefix cache, which holds values of the old weights")
+    llm.set_weight_version(version)
+    llm.engine_core.engine_core.scheduler.set_pause_state(PauseState.UNPAUSED)

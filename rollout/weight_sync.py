@@ -1,0 +1,108 @@
+"""Both ends of the weight wire: named tensors in, flat byte buckets over the wire, named tensors out.
+
+The learner packs its checkpoint tensors one layer after another, so that neither side ever holds more than one bucket
+besides the model. A bucket is a plain numpy buffer: it crosses processes through shared memory without a copy. This
+module knows neither the engine that loads the tensors nor what carries the buckets.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+"""Every tensor starts on a cache line, which is also a multiple of every dtype's size."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Where one tensor lies in its bucket. Example: `TensorSpec("lm_head.weight", "bfloat16", (99, 128), 0, 25344)`."""
+
+    name: str
+    """The checkpoint's name of the tensor."""
+    dtype: str
+    """The torch dtype's name: `"float32"`, `"bfloat16"`."""
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the bucket's buffer."""
+    num_bytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it. Raises ValueError for a name that torch does not know."""
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"tensor '{self.name}' has the unknown dtype '{self.dtype}'; use a torch dtype's name")
+        return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBucket:
+    """Some tensors of a checkpoint as one run of bytes."""
+
+    specs: tuple[TensorSpec, ...]
+    buffer: np.ndarray  # uint8 [num_bytes]
+
+    def __post_init__(self) -> None:
+        if self.buffer.dtype != np.uint8 or self.buffer.ndim != 1:
+            raise TypeError(f"WeightBucket.buffer must be uint8 [bytes], got {self.buffer.dtype} {self.buffer.shape}")
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.buffer)
+
+
+def pack_buckets(named_tensors: Iterable[tuple[str, Tensor]], *, max_bytes: int) -> Iterator[WeightBucket]:
+    """Packs tensors, in their order, into buckets of at most `max_bytes`; a larger tensor gets a bucket of its own.
+
+    The tensors are read lazily: at most one bucket's worth is held at a time. Raises ValueError if `max_bytes` < 1.
+    """
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+    pending: list[tuple[TensorSpec, Tensor]] = []
+    end = 0
+    for name, tensor in named_tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if pending and end + num_bytes > max_bytes:
+            yield _fill(pending, end)
+            pending, end = [], 0
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        pending.append((TensorSpec(name, dtype, tuple(tensor.shape), end, num_bytes), tensor.detach()))
+        end += math.ceil(num_bytes / _ALIGNMENT) * _ALIGNMENT
+    if pending:
+        yield _fill(pending, end)
+
+
+def unpack_bucket(bucket: WeightBucket) -> Iterator[tuple[str, Tensor]]:
+    """The bucket's `(name, tensor)` pairs as views of its buffer: they are only to be read.
+
+    Raises ValueError if a spec does not fit its shape, its dtype or the buffer.
+    """
+    with warnings.catch_warnings():
+        # A buffer out of shared memory is read-only; the views are only read, so torch's warning says nothing.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        data = torch.from_numpy(bucket.buffer)
+    for spec in bucket.specs:
+        expected = math.prod(spec.shape) * spec.torch_dtype.itemsize
+        if spec.num_bytes != expected or not 0 <= spec.offset <= bucket.num_bytes - expected:
+            raise ValueError(
+                f"bucket of {bucket.num_bytes} bytes: tensor '{spec.name}' {spec.dtype} {spec.shape} needs {expected} "
+                f"bytes, its spec says {spec.num_bytes} at {spec.offset}; the bucket is damaged, send it again"
+            )
+        view = data[spec.offset : spec.offset + spec.num_bytes]
+        yield spec.name, view.view(spec.torch_dtype).reshape(spec.shape)
+
+
+def _fill(pending: list[tuple[TensorSpec, Tensor]], num_bytes: int) -> WeightBucket:
+    buffer = np.zeros(num_bytes, np.uint8)
+    target = torch.from_numpy(buffer)
+    for spec, tensor in pending:
+        flat = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        target[spec.offset : spec.offset + spec.num_bytes].copy_(flat)
+    return WeightBucket(tuple(spec for spec, _ in pending), buffer)
