@@ -1,7 +1,9 @@
 """Training samples in, packed micro-batches out.
 
-One micro-batch is one row of sequences laid end to end, without padding: attention never crosses a sequence boundary and
-log-probabilities are computed only where a token was sampled. A sample is never split. Loss weights are fixed here over the
+One micro-batch is one row of sequences laid end to end, without padding: attention never crosses a sequence boundary
+and
+log-probabilities are computed only where a token was sampled. A sample is never split. Loss weights are fixed here
+over the
 whole update, so any packing and any number of ranks gives the same gradient.
 
 Shapes: T = packed tokens, S = segments, B = samples, N = sampled tokens, L = decoder layers, K = experts per token.
@@ -26,7 +28,8 @@ class TrainBatch:
     """One packed micro-batch.
 
     Example, two samples (prompt [5, 6] + sampled [7, 1]; prompt [9] + sampled [1]): `token_ids = [5 6 7 1 9 1]`,
-    `position_ids = [0 1 2 3 0 1]`, `cu_seqlens = [0 4 6]`, `rows = [1 2 4]`, `targets = [7 1 1]`, `sample_ids = [0 0 1]`.
+    `position_ids = [0 1 2 3 0 1]`, `cu_seqlens = [0 4 6]`, `rows = [1 2 4]`, `targets = [7 1 1]`, `sample_ids = [0 0
+    1]`.
     """
 
     token_ids: Tensor  # int64 [T]
@@ -100,7 +103,8 @@ def plan_updates(
 ) -> tuple[Update, ...]:
     """Splits a step's samples into optimizer steps of whole groups, and each of those into balanced micro-batches.
 
-    The weight of a sampled token is 1 / (number of sequences x |o_i|) for `sequence`, 1 / (number of tokens) for `token`,
+    The weight of a sampled token is 1 / (number of sequences x |o_i|) for `sequence`, 1 / (number of tokens) for
+    `token`,
     counted over the whole update: the sum over all ranks and micro-batches is then the mean the objective asks for.
     """
     groups: dict[int, list[TrainSample]] = {}
@@ -214,7 +218,8 @@ def _pack_kept(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _pack_routes(segments: Sequence[Segment]) -> Tensor | None:
-    """Recorded routes of every packed token, int16 [T, L, K]; -1 where there is no record (each last token, at least)."""
+    """Recorded routes of every packed token, int16 [T, L, K]; -1 where there is no record (each last token, at
+    least)."""
     replays: list[Replay] = [segment.replay for segment in segments]
     shapes = {replay.routed_experts.shape[1:] for replay in replays if replay.routed_experts is not None}
     if not shapes:

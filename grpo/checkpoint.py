@@ -1,7 +1,9 @@
 """Training state on disk, complete or not there at all.
 
-A checkpoint is a folder `checkpoints/step-000040/` with `learner/` (distributed checkpoint: weights and optimizer of all
-ranks) and `trainer.json` (data position, version, finished step). It is written under a temporary name and renamed when the
+A checkpoint is a folder `checkpoints/step-000040/` with `learner/` (distributed checkpoint: weights and optimizer of
+all
+ranks) and `trainer.json` (data position, version, finished step). It is written under a temporary name and renamed
+when the
 last byte is there, so a run killed at any moment resumes from the last whole one.
 """
 
@@ -18,10 +20,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoTokenizer, PreTrainedModel
 
 from grpo.pipeline import PipelineState
@@ -82,7 +85,7 @@ def save_training_state(
     folder.mkdir(parents=True, exist_ok=True)
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state, "counters": counters, "rng": torch.get_rng_state()}
-    dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def load_training_state(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -100,7 +103,7 @@ def load_training_state(folder: Path, model: torch.nn.Module, optimizer: torch.o
         "counters": {"policy_version": 0, "num_updates": 0},
         "rng": torch.get_rng_state(),
     }
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     torch.set_rng_state(state["rng"])
     return state["counters"]

@@ -1,8 +1,11 @@
 """One rank of the training group: packed batches in, new weights out.
 
-Holds the policy (float32 master weights, FSDP2 when there are several ranks or a half-precision compute type), its optimizer
-and the frozen reference. It does not know what an algorithm is (it is given a loss function), nor Ray, nor where batches come
-from. Every public method but the constructor is a collective: all ranks call it with batches of the same shape in number.
+Holds the policy (float32 master weights, FSDP2 when there are several ranks or a half-precision compute type), its
+optimizer
+and the frozen reference. It does not know what an algorithm is (it is given a loss function), nor Ray, nor where
+batches come
+from. Every public method but the constructor is a collective: all ranks call it with batches of the same shape in
+number.
 """
 
 from __future__ import annotations
@@ -72,7 +75,9 @@ class Learner:
             ModelCheckError: packing, replay or the head do not do what they must on this model.
         """
         self.spec, self.rank, self.world_size = spec, rank, world_size
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
         torch.manual_seed(spec.seed)
         self.policy = self._load(trainable=True)
         self.reference = self._load(trainable=False) if spec.needs_reference else None
@@ -127,13 +132,15 @@ class Learner:
         )
 
     def score(self, batches: Sequence[TrainBatch]) -> np.ndarray:
-        """log pi_theta of every sampled token under replay, float32 [N over all batches]; no gradient, no state change."""
+        """log pi_theta of every sampled token under replay, float32 [N over all batches]; no gradient, no state
+        change."""
         with torch.no_grad():
             scores = [token_logprobs(self.policy, batch.to(self.device)).logprobs for batch in batches]
         return torch.cat(scores).float().cpu().numpy()
 
     def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
-        """The policy's weights under checkpoint names in the engines' dtype, layer by layer; rank 0 yields, the others take part."""
+        """The policy's weights under checkpoint names in the engines' dtype, layer by layer; rank 0 yields, the
+        others take part."""
         tensors = checkpoint_tensors(self.policy, getattr(torch, self.spec.engine_dtype))
         if self.rank == 0:
             yield from pack_buckets(tensors, max_bytes=max_bytes)
@@ -142,7 +149,8 @@ class Learner:
                 pass
 
     def save(self, folder: Path) -> None:
-        """Writes weights, optimizer, counters and random state; see `grpo.checkpoint` for what makes a checkpoint complete."""
+        """Writes weights, optimizer, counters and random state; see `grpo.checkpoint` for what makes a checkpoint
+        complete."""
         save_training_state(folder, self.policy.module, self.optimizer, self._counters())
 
     def load(self, folder: Path) -> None:
@@ -176,11 +184,13 @@ class Learner:
             (output.loss * self.world_size).backward()
             total += output.loss.detach()
             self._record(stats, batch, scored, output, is_fresh)
-        norm = _full(torch.nn.utils.clip_grad_norm_(self.policy.module.parameters(), self.spec.config.max_grad_norm)).item()
+        norm = _full(
+            torch.nn.utils.clip_grad_norm_(self.policy.module.parameters(), self.spec.config.max_grad_norm)
+        ).item()
         if not np.isfinite(norm):
             raise LearnerError(
-                f"gradient norm is {norm} at optimizer step {self.num_updates}: look at mismatch and ratio_max in metrics.jsonl, "
-                "and rerun with debug.dump_batches = true to replay the batch"
+                f"gradient norm is {norm} at optimizer step {self.num_updates}: look at mismatch and ratio_max in "
+                "metrics.jsonl, and rerun with debug.dump_batches = true to replay the batch"
             )
         self._set_lr()
         self.optimizer.step()
@@ -208,7 +218,8 @@ class Learner:
             group["lr"] = lr
 
     def _record_agreement(self, stats: StepStats) -> None:
-        """The share of replayed expert slots that the learner's own router would have chosen, before the step's first update."""
+        """The share of replayed expert slots that the learner's own router would have chosen, before the step's first
+        update."""
         if self.policy.routing is not None:
             same, replayed = (int(n) for n in self.policy.routing.agreement().sum(0))
             if replayed:
@@ -237,8 +248,10 @@ class Learner:
 def _is_fresh_sample(staleness: np.ndarray, batch: TrainBatch) -> np.ndarray:
     """Tokens of samples drawn by the current weights from their first token to their last: bool [N].
 
-    In a sample that lived through a weight update the engine computed the earlier context again under the new weights, along
-    new routes, while the record keeps for each token the routes it was drawn with; its difference is staleness, not mismatch.
+    In a sample that lived through a weight update the engine computed the earlier context again under the new
+    weights, along
+    new routes, while the record keeps for each token the routes it was drawn with; its difference is staleness, not
+    mismatch.
     """
     oldest = np.zeros(len(batch.domains), staleness.dtype)
     sample_ids = _array(batch.sample_ids)

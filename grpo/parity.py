@@ -1,7 +1,9 @@
 """The parity probe: after every weight sync each engine draws a few fixed samples and the learner scores them.
 
-Under replay both must assign the same log-probabilities, so a difference beyond rounding means that the engine does not hold
-the learner's weights: a stale, partial or corrupted sync. Training on such samples is the costliest failure an RL run has,
+Under replay both must assign the same log-probabilities, so a difference beyond rounding means that the engine does
+not hold
+the learner's weights: a stale, partial or corrupted sync. Training on such samples is the costliest failure an RL run
+has,
 because nothing else shows it; here it stops the run.
 """
 
@@ -34,9 +36,7 @@ class ParityProbe:
     def to_samples(self, completions: Sequence[Sequence[Completion]]) -> list[TrainSample]:
         """The drawn completions as samples for `Learner.score`."""
         return [
-            TrainSample(
-                index, number, "", 0.0, _OBJECTIVE, (completion_segment(request.prompt_token_ids, completion),)
-            )
+            TrainSample(index, number, "", 0.0, _OBJECTIVE, (completion_segment(request.prompt_token_ids, completion),))
             for index, (request, drawn) in enumerate(zip(self.requests, completions, strict=True))
             for number, completion in enumerate(drawn)
         ]
@@ -50,10 +50,10 @@ class ParityProbe:
         error = float(np.abs(engine_logprobs - learner_logprobs).mean())
         if not error <= self.max_error:
             raise ParityError(
-                f"{engine} does not hold the learner's weights after the sync to policy version {version}: mean |log pi_learner "
-                f"- log pi_engine| on the probe is {error:.3g} nats over {len(engine_logprobs)} tokens, allowed is "
-                f"{self.max_error:.3g} (stability.max_parity_error). Stale or corrupted engine weights look like this; nothing "
-                "was trained on them. Resume from the last checkpoint with --resume"
+                f"{engine} does not hold the learner's weights after the sync to policy version {version}: mean "
+                f"|log pi_learner - log pi_engine| on the probe is {error:.3g} nats over {len(engine_logprobs)} "
+                f"tokens, allowed is {self.max_error:.3g} (stability.max_parity_error). Stale or corrupted engine "
+                "weights look like this; nothing was trained on them. Resume from the last checkpoint with --resume"
             )
         return error
 

@@ -1,10 +1,13 @@
 """Keeps generation ahead of training, but never by more than `max_off_policy_steps` policy versions.
 
-Consumes: group indices 0, 1, 2, ... in order. Produces: drawn groups in that same order. Waits for: `draw`, which generates and
+Consumes: group indices 0, 1, 2, ... in order. Produces: drawn groups in that same order. Waits for: `draw`, which
+generates and
 scores one group and is all this file knows of engines and rewards.
 
-Why the bound holds: a step takes at least P groups, first in first out, and after a step took its groups at most k P are
-left in flight (P = groups per step, k = `max_off_policy_steps`). A group drawn at version v is therefore taken at most k
+Why the bound holds: a step takes at least P groups, first in first out, and after a step took its groups at most k P
+are
+left in flight (P = groups per step, k = `max_off_policy_steps`). A group drawn at version v is therefore taken at
+most k
 steps, that is k versions, later. With k = 0 nothing is in flight while training runs: the synchronous mode.
 """
 
@@ -12,9 +15,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -32,7 +35,7 @@ class GroupPipeline(Generic[T]):
 
     def __init__(
         self,
-        draw: Callable[[int], Awaitable[T]],
+        draw: Callable[[int], Coroutine[Any, Any, T]],
         *,
         groups_per_step: int,
         max_off_policy_steps: int,

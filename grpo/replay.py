@@ -1,8 +1,11 @@
 """A step's batches on disk, and back through the learner offline.
 
-With `debug.dump_batches` every step leaves `batches/step-000012/`: the training state before the step, each rank's packed
-batches (tokens, supports, routes, log-probabilities, weights of the loss) and what the step computed. `keel replay` loads them
-in one process and trains the step again. With one rank on CPU every loss and gradient norm must come out bit for bit; with
+With `debug.dump_batches` every step leaves `batches/step-000012/`: the training state before the step, each rank's
+packed
+batches (tokens, supports, routes, log-probabilities, weights of the loss) and what the step computed. `keel replay`
+loads them
+in one process and trains the step again. With one rank on CPU every loss and gradient norm must come out bit for bit;
+with
 several ranks it sums their batches itself, so they agree to float32 rounding.
 """
 
@@ -49,7 +52,9 @@ def replay_file(path: Path) -> dict[str, object]:
     """
     folder = path if path.is_dir() else path.parent
     if not (folder / "learner.json").exists():
-        raise ConfigError(f"{path}: no recorded step; a run with -o debug.dump_batches=true writes runs/NAME/batches/step-...")
+        raise ConfigError(
+            f"{path}: no recorded step; a run with -o debug.dump_batches=true writes runs/NAME/batches/step-..."
+        )
     about = json.loads((folder / "learner.json").read_text())
     records = [json.loads((folder / f"rank-{i}.json").read_text()) for i in range(about["world_size"])]
     torch.set_num_threads(records[0]["num_threads"])

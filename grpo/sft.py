@@ -1,4 +1,5 @@
-"""Supervised fine-tuning on prompts and completions through the learner's own path: packed rows, same head, another loss."""
+"""Supervised fine-tuning on prompts and completions through the learner's own path: packed rows, same head, another
+loss."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _OBJECTIVE = Objective(beta=0.0, delta=None, eps_low=0.2, eps_high=0.2, temperat
 
 
 def supervised_sample(index: int, prompt: np.ndarray, completion: np.ndarray) -> TrainSample:
-    """A completion to imitate: int32 [P] and [T] token ids; the whole vocabulary is its support, the model routes by itself."""
+    """A completion to imitate: int32 [P] and [T] token ids; the whole vocabulary is its support, the model routes by
+    itself."""
     token_ids = np.concatenate([prompt, completion]).astype(np.int32)
     loss_mask = np.arange(len(token_ids)) >= len(prompt)
     segment = Segment(
@@ -30,7 +32,8 @@ def supervised_sample(index: int, prompt: np.ndarray, completion: np.ndarray) ->
 
 
 def fine_tune(learner: Learner, batches: Iterable[Sequence[tuple[np.ndarray, np.ndarray]]]) -> list[float]:
-    """One optimizer step per batch of (prompt, completion) token ids; returns the mean loss per token of each, in nats."""
+    """One optimizer step per batch of (prompt, completion) token ids; returns the mean loss per token of each, in
+    nats."""
     losses = []
     for pairs in batches:
         samples = [supervised_sample(i, prompt, completion) for i, (prompt, completion) in enumerate(pairs)]

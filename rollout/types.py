@@ -57,9 +57,13 @@ class KeptSets:
 
     def __post_init__(self) -> None:
         if self.offsets.dtype != np.int64 or self.ids.dtype != np.int32:
-            raise TypeError(f"KeptSets wants int64 offsets and int32 ids, got {self.offsets.dtype} and {self.ids.dtype}")
+            raise TypeError(
+                f"KeptSets wants int64 offsets and int32 ids, got {self.offsets.dtype} and {self.ids.dtype}"
+            )
         if self.offsets.ndim != 1 or self.offsets[0] != 0 or self.offsets[-1] != len(self.ids):
-            raise ValueError(f"KeptSets offsets must run from 0 to {len(self.ids)}, got {self.offsets[:1]}..{self.offsets[-1:]}")
+            raise ValueError(
+                f"KeptSets offsets must run from 0 to {len(self.ids)}, got {self.offsets[:1]}..{self.offsets[-1:]}"
+            )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -97,7 +101,8 @@ class Completion:
 
     token_ids: np.ndarray  # int32 [T]
     behavior_logprobs: np.ndarray  # float32 [T]
-    """log pi_old(o_t) of the processed distribution (temperature, then truncation, renormalised), as the engine returned it."""
+    """log pi_old(o_t) of the processed distribution (temperature, then truncation, renormalised), as the engine
+    returned it."""
     policy_versions: np.ndarray  # int32 [T]
     """The weights that drew each token; they may change in flight."""
     finish_reason: FinishReason
@@ -105,7 +110,8 @@ class Completion:
     """The engine draws the same tokens again from the same prompt, weights and seed."""
     replay: Replay | ReplayHandle
     record_error: str = ""
-    """Why this record must not be trained on; empty for a sound one. Judged beside the record, before it is handed over."""
+    """Why this record must not be trained on; empty for a sound one. Judged beside the record, before it is handed
+    over."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.behavior_logprobs), len(self.policy_versions)}
@@ -129,7 +135,9 @@ class Completion:
             if not replay.kept.contains(self.token_ids).all():
                 return "a sampled token lies outside its kept set"
         if replay.routed_experts is not None and len(replay.routed_experts) != num_prompt_tokens + self.num_tokens - 1:
-            return f"{len(replay.routed_experts)} rows of routes for {num_prompt_tokens} + {self.num_tokens} - 1 positions"
+            return (
+                f"{len(replay.routed_experts)} rows of routes for {num_prompt_tokens} + {self.num_tokens} - 1 positions"
+            )
         return ""
 
 

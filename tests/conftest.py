@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -51,7 +52,7 @@ def _wait_for_ray(address: str, head: subprocess.Popen[bytes]) -> None:
     while True:
         assert head.poll() is None, "the Ray head ended"
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError):
             assert time.monotonic() < deadline, "the Ray head does not answer"
             time.sleep(0.5)

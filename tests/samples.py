@@ -16,15 +16,12 @@ def make_segment(
     num_prompt: int,
     num_sampled: int,
     vocab: int,
-    mean_kept: float = 5.0,
     routes: tuple[int, int, int] | None = None,
-    kept: bool = True,
-    version: int = 0,
 ) -> Segment:
     """A random segment; `routes` = (layers, top_k, experts) makes up recorded routes of distinct experts."""
     token_ids = rng.integers(0, vocab, num_prompt + num_sampled).astype(np.int32)
     sets = [
-        np.unique(np.append(rng.integers(0, vocab, 1 + rng.poisson(mean_kept)), token)).astype(np.int32)
+        np.unique(np.append(rng.integers(0, vocab, 1 + rng.poisson(5.0)), token)).astype(np.int32)
         for token in token_ids[num_prompt:]
     ]
     offsets = np.concatenate([[0], np.cumsum([len(s) for s in sets])]).astype(np.int64)
@@ -38,8 +35,8 @@ def make_segment(
         token_ids=token_ids,
         loss_mask=loss_mask,
         behavior_logprobs=np.where(loss_mask, -rng.random(len(token_ids)) * 2, 0).astype(np.float32),
-        policy_versions=np.where(loss_mask, version, -1).astype(np.int32),
-        replay=Replay(KeptSets(offsets, np.concatenate(sets)) if kept else None, recorded),
+        policy_versions=np.where(loss_mask, 0, -1).astype(np.int32),
+        replay=Replay(KeptSets(offsets, np.concatenate(sets)), recorded),
     )
 
 

@@ -39,7 +39,10 @@ class CorruptingWorker(RolloutWorker):
 
     async def load_weights(self, bucket: WeightBucket) -> None:
         if self.num_syncs > 1:
-            swap = {"layers.0.mlp.experts.0.": "layers.0.mlp.experts.1.", "layers.0.mlp.experts.1.": "layers.0.mlp.experts.0."}
+            swap = {
+                "layers.0.mlp.experts.0.": "layers.0.mlp.experts.1.",
+                "layers.0.mlp.experts.1.": "layers.0.mlp.experts.0.",
+            }
             tensors = [(_swapped(name, swap), tensor) for name, tensor in unpack_bucket(bucket)]
             (bucket,) = pack_buckets(tensors, max_bytes=1 << 30)
         await super().load_weights(bucket)
@@ -145,7 +148,14 @@ def test_stopped_and_killed_runs_resume_bit_equal_to_an_uninterrupted_one(ray_ad
     expected, rows = read_metrics(straight / "runs" / "toy"), read_metrics(run_dir)
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(9))
     for row, wanted in zip(rows[1:], expected[1:], strict=True):
-        for key in ("train/reward", "train/loss", "train/grad_norm", "train/kl", "mismatch/mean_abs", "train/ratio_mean"):
+        for key in (
+            "train/reward",
+            "train/loss",
+            "train/grad_norm",
+            "train/kl",
+            "mismatch/mean_abs",
+            "train/ratio_mean",
+        ):
             assert row[key] == wanted[key], f"step {row['step']}: {key}"
     models = [load_file(folder / "runs" / "toy" / "model" / "model.safetensors") for folder in (straight, broken)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])

@@ -1,7 +1,8 @@
 """The plain worker and learner behind Ray, and the split of light completions from heavy records.
 
 Records never pass through the driver: a rollout actor returns light completions and, as a second object, their `Replay`
-records; the driver passes the reference on and the learner rank that trains on them fetches it. Both objects belong to the
+records; the driver passes the reference on and the learner rank that trains on them fetches it. Both objects belong
+to the
 driver, so they outlive the worker that made them.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 import ray
 import torch
 
-from grpo.advantage import TrainSample
+from grpo.advantage import Segment, TrainSample
 from grpo.batch import MicroBatch, pack
 from grpo.learner import Learner, LearnerSpec, StepResult
 from grpo.replay import dump_step
@@ -113,11 +114,14 @@ class LearnerActor:
 def fetch_records(microbatches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """The same micro-batches with every replay handle replaced by its record; one fetch for all."""
     segments = [segment for m in microbatches for sample in m.samples for segment in sample.segments]
-    refs = list(dict.fromkeys(segment.replay.ref for segment in segments))
+    handles: list[Any] = [segment.replay for segment in segments]
+    refs = list(dict.fromkeys(handle.ref for handle in handles))
     records: dict[Any, tuple[Replay, ...]] = dict(zip(refs, ray.get(refs), strict=True))
 
     def fetched(sample: TrainSample) -> TrainSample:
-        segments = tuple(replace(s, replay=records[s.replay.ref][s.replay.index]) for s in sample.segments)
-        return replace(sample, segments=segments)
+        return replace(sample, segments=tuple(with_record(segment, segment.replay) for segment in sample.segments))
+
+    def with_record(segment: Segment, handle: Any) -> Segment:
+        return replace(segment, replay=records[handle.ref][handle.index])
 
     return [MicroBatch(tuple(fetched(sample) for sample in m.samples), m.token_weights) for m in microbatches]

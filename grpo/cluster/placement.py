@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +31,12 @@ def start_ray(config: TrainConfig) -> None:
             num_cpus=max(cores, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
-            logging_level="error",
+            logging_level=logging.ERROR,
             _skip_env_hook=True,
         )
         return
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
         raise ClusterError(f"no Ray cluster answers at cluster.address = {address!r}: {error}") from error
 
@@ -57,14 +59,20 @@ class Placement:
 
     def rank(self, number: int) -> dict[str, Any]:
         """Actor options of a learner rank."""
-        return self._options(number if self.shared else self.num_workers + number, self.rank_threads, self.gpus_per_rank)
+        return self._options(
+            number if self.shared else self.num_workers + number, self.rank_threads, self.gpus_per_rank
+        )
 
     def release(self) -> None:
         """Gives the resources back."""
         remove_placement_group(self.group)
 
     def _options(self, bundle: int, threads: int, num_gpus: float) -> dict[str, Any]:
-        variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        variables = {
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         return {
             "num_cpus": threads,
             "num_gpus": num_gpus,
@@ -108,5 +116,5 @@ def _cpus_wanted(config: TrainConfig) -> int:
     return config.rollout.workers * config.rollout.cpu_threads + config.learner.ranks * config.learner.cpu_threads
 
 
-def _describe(resources: dict[str, float]) -> str:
+def _describe(resources: Mapping[str, float]) -> str:
     return " + ".join(f"{resources.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))

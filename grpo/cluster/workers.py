@@ -1,4 +1,5 @@
-"""The pool of rollout workers: spreads requests, and replaces a worker that dies without losing or doubling a sample."""
+"""The pool of rollout workers: spreads requests, and replaces a worker that dies without losing or doubling a
+sample."""
 
 from __future__ import annotations
 
@@ -131,8 +132,8 @@ class RolloutPool:
         self.num_restarts += 1
         if self.num_restarts > self._limits.max_worker_restarts:
             raise ClusterError(
-                f"{slot.name} died and cluster.max_worker_restarts = {self._limits.max_worker_restarts} is used up: look for "
-                "its last words in the Ray logs (out of memory is the usual reason)"
+                f"{slot.name} died and cluster.max_worker_restarts = {self._limits.max_worker_restarts} is used up: "
+                "look for its last words in the Ray logs (out of memory is the usual reason)"
             )
         slot.actor, slot.num_outstanding = self._start(slot.number), 0
         await self._wait_up(slot)

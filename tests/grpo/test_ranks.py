@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ class InspectableRank(LearnerActor):
         return result.losses[0], result.grad_norms[0]
 
     def gradients(self) -> dict[str, np.ndarray]:
-        named = self._learner.policy.module.named_parameters()
-        return {name: p.grad.full_tensor().numpy() for name, p in named if p.grad is not None}
+        gradients: dict[str, Any] = {n: p.grad for n, p in self._learner.policy.module.named_parameters()}
+        return {name: grad.full_tensor().numpy() for name, grad in gradients.items() if grad is not None}
 
     def weights(self) -> dict[str, np.ndarray]:
         buckets = self._learner.weight_buckets(1 << 16)
@@ -52,7 +53,7 @@ def plan(seed: int, num_ranks: int, max_tokens: int) -> Update:
 
 @pytest.fixture(scope="module")
 def ranks(ray_address: str, toy_model: Path) -> Iterator[list[Any]]:
-    ray.init(address=ray_address, log_to_driver=False, logging_level="error")
+    ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
     actors = start_ranks(spec_for(toy_model))
     yield actors
     ray.shutdown()
