@@ -193,6 +193,17 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_layout(self) -> TrainConfig:
+        workers, ranks, parallel = self.rollout.workers, self.learner.ranks, self.rollout.tensor_parallel_size
+        if self.cluster.layout == "colocated" and (workers != ranks or parallel != 1):
+            raise ValueError(
+                "cluster.layout = colocated pairs one engine with one learner rank on each GPU, but rollout.workers = "
+                f"{workers}, learner.ranks = {ranks}, rollout.tensor_parallel_size = {parallel}: make the first two "
+                "equal and the last one 1, or choose cluster.layout = disaggregated"
+            )
+        return self
+
     def sampling_of(self, domain: str) -> SamplingConfig:
         """The sampling of a domain: its overrides over `[sampling]`."""
         return _overridden(self.sampling, self.domains.get(domain))

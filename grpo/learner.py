@@ -27,7 +27,7 @@ from grpo.logprobs import TokenLogprobs, token_logprobs
 from grpo.loss import LossFn, LossInputs, LossOutput, grpo_loss
 from grpo.model import PolicyModel, checkpoint_tensors, load_policy, shard_policy
 from grpo.stats import Moments, StepStats
-from rollout.weight_sync import WeightBucket, pack_buckets
+from rollout.weight_sync import WeightBucket, pack_buckets, pack_device_buckets
 
 
 class LearnerError(RuntimeError):
@@ -138,12 +138,14 @@ class Learner:
             scores = [token_logprobs(self.policy, batch.to(self.device)).logprobs for batch in batches]
         return torch.cat(scores).float().cpu().numpy()
 
-    def weight_buckets(self, max_bytes: int) -> Iterator[WeightBucket]:
-        """The policy's weights under checkpoint names in the engines' dtype, layer by layer; rank 0 yields, the
-        others take part."""
+    def weight_buckets(self, max_bytes: int, *, on_device: bool = False) -> Iterator[WeightBucket]:
+        """The policy's weights under checkpoint names in the engines' dtype, layer by layer.
+
+        Rank 0 yields, the others take part. `on_device` keeps the bytes on the GPU, for an engine on the same one.
+        """
         tensors = checkpoint_tensors(self.policy, getattr(torch, self.spec.engine_dtype))
         if self.rank == 0:
-            yield from pack_buckets(tensors, max_bytes=max_bytes)
+            yield from (pack_device_buckets if on_device else pack_buckets)(tensors, max_bytes=max_bytes)
         else:
             for _ in tensors:
                 pass

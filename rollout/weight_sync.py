@@ -1,16 +1,19 @@
 """Both ends of the weight wire: named tensors in, flat byte buckets over the wire, named tensors out.
 
-The learner packs its checkpoint tensors one layer after another, so that neither side ever holds more than one bucket
-besides the model. A bucket is a plain numpy buffer: it crosses processes through shared memory without a copy. This
-module knows neither the engine that loads the tensors nor what carries the buckets.
+The learner packs its checkpoint tensors one layer after another, so that neither side ever holds more than a few
+buckets
+besides the model. A bucket is a plain numpy buffer, which crosses processes through shared memory without a copy, or,
+where both ends share a GPU, a handle to device memory (CUDA IPC), which never leaves the GPU. This module knows neither
+the engine that loads the tensors nor what carries the buckets.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +21,9 @@ from torch import Tensor
 
 _ALIGNMENT = 64
 """Every tensor starts on a cache line, which is also a multiple of every dtype's size."""
+
+_NUM_DEVICE_BUFFERS = 4
+"""One is being loaded, two may wait on their way, one is being filled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +49,34 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceBuffer:
+    """Bytes in GPU memory of another process on the same device, opened without a copy.
+
+    The sender may fill the memory anew once the receiver has loaded the bucket.
+    """
+
+    rebuild: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    num_bytes: int
+
+    def __len__(self) -> int:
+        return self.num_bytes
+
+    def open(self) -> Tensor:
+        """uint8 [num_bytes] on the device."""
+        return self.rebuild(*self.arguments)[: self.num_bytes]
+
+
+@dataclass(frozen=True, slots=True)
 class WeightBucket:
     """Some tensors of a checkpoint as one run of bytes."""
 
     specs: tuple[TensorSpec, ...]
-    buffer: np.ndarray  # uint8 [num_bytes]
+    buffer: np.ndarray | DeviceBuffer  # uint8 [num_bytes]
 
     def __post_init__(self) -> None:
+        if isinstance(self.buffer, DeviceBuffer):
+            return
         if self.buffer.dtype != np.uint8 or self.buffer.ndim != 1:
             raise TypeError(f"WeightBucket.buffer must be uint8 [bytes], got {self.buffer.dtype} {self.buffer.shape}")
 
@@ -63,20 +90,32 @@ def pack_buckets(named_tensors: Iterable[tuple[str, Tensor]], *, max_bytes: int)
 
     The tensors are read lazily: at most one bucket's worth is held at a time. Raises ValueError if `max_bytes` < 1.
     """
-    if max_bytes < 1:
-        raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
-    pending: list[tuple[TensorSpec, Tensor]] = []
-    end = 0
-    for name, tensor in named_tensors:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if pending and end + num_bytes > max_bytes:
-            yield _fill(pending, end)
-            pending, end = [], 0
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        pending.append((TensorSpec(name, dtype, tuple(tensor.shape), end, num_bytes), tensor.detach()))
-        end += math.ceil(num_bytes / _ALIGNMENT) * _ALIGNMENT
-    if pending:
-        yield _fill(pending, end)
+    for pending, num_bytes in _split(named_tensors, max_bytes):
+        buffer = np.zeros(num_bytes, np.uint8)
+        _fill(torch.from_numpy(buffer), pending)
+        yield WeightBucket(tuple(spec for spec, _ in pending), buffer)
+
+
+def pack_device_buckets(named_tensors: Iterable[tuple[str, Tensor]], *, max_bytes: int) -> Iterator[WeightBucket]:
+    """`pack_buckets` for a receiver on the same GPU: the bytes stay in device memory, in `_NUM_DEVICE_BUFFERS` turns.
+
+    A bucket is good until as many more have been drawn from the iterator as there are buffers, less one: whoever
+    carries
+    them must not run further ahead of the receiver. Raises ValueError if `max_bytes` < 1.
+    """
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    buffers: list[Tensor | None] = [None] * _NUM_DEVICE_BUFFERS
+    for number, (pending, num_bytes) in enumerate(_split(named_tensors, max_bytes)):
+        turn = number % _NUM_DEVICE_BUFFERS
+        buffer = buffers[turn]
+        if buffer is None or len(buffer) < num_bytes:
+            buffer = torch.empty(max(num_bytes, max_bytes), dtype=torch.uint8, device="cuda")
+            buffers[turn] = buffer
+        _fill(buffer, pending)
+        torch.cuda.current_stream().synchronize()  # the receiver's stream knows nothing of this one
+        rebuild, arguments = reduce_tensor(buffer)
+        yield WeightBucket(tuple(spec for spec, _ in pending), DeviceBuffer(rebuild, arguments, num_bytes))
 
 
 def unpack_bucket(bucket: WeightBucket) -> Iterator[tuple[str, Tensor]]:
@@ -84,10 +123,7 @@ def unpack_bucket(bucket: WeightBucket) -> Iterator[tuple[str, Tensor]]:
 
     Raises ValueError if a spec does not fit its shape, its dtype or the buffer.
     """
-    with warnings.catch_warnings():
-        # A buffer out of shared memory is read-only; the views are only read, so torch's warning says nothing.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
-        data = torch.from_numpy(bucket.buffer)
+    data = _open(bucket.buffer)
     for spec in bucket.specs:
         expected = math.prod(spec.shape) * spec.torch_dtype.itemsize
         if spec.num_bytes != expected or not 0 <= spec.offset <= bucket.num_bytes - expected:
@@ -99,10 +135,37 @@ def unpack_bucket(bucket: WeightBucket) -> Iterator[tuple[str, Tensor]]:
         yield spec.name, view.view(spec.torch_dtype).reshape(spec.shape)
 
 
-def _fill(pending: list[tuple[TensorSpec, Tensor]], num_bytes: int) -> WeightBucket:
-    buffer = np.zeros(num_bytes, np.uint8)
-    target = torch.from_numpy(buffer)
+_Pending = list[tuple[TensorSpec, Tensor]]
+
+
+def _split(named_tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterator[tuple[_Pending, int]]:
+    """The tensors of one bucket after another, with their places in it and the bucket's size in bytes."""
+    if max_bytes < 1:
+        raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
+    pending: _Pending = []
+    end = 0
+    for name, tensor in named_tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if pending and end + num_bytes > max_bytes:
+            yield pending, end
+            pending, end = [], 0
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        pending.append((TensorSpec(name, dtype, tuple(tensor.shape), end, num_bytes), tensor.detach()))
+        end += math.ceil(num_bytes / _ALIGNMENT) * _ALIGNMENT
+    if pending:
+        yield pending, end
+
+
+def _fill(target: Tensor, pending: _Pending) -> None:
     for spec, tensor in pending:
-        flat = tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        flat = tensor.to(target.device).contiguous().reshape(-1).view(torch.uint8)
         target[spec.offset : spec.offset + spec.num_bytes].copy_(flat)
-    return WeightBucket(tuple(spec for spec, _ in pending), buffer)
+
+
+def _open(buffer: np.ndarray | DeviceBuffer) -> Tensor:
+    if isinstance(buffer, DeviceBuffer):
+        return buffer.open()
+    with warnings.catch_warnings():
+        # A buffer out of shared memory is read-only; the views are only read, so torch's warning says nothing.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        return torch.from_numpy(buffer)

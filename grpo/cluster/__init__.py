@@ -154,7 +154,8 @@ class Cluster:
     async def _weight_stream(self) -> AsyncIterator[Any]:
         """References to the weight buckets of rank 0; every rank takes part in gathering them."""
         options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
-        streams = [rank.weight_buckets.options(**options).remote() for rank in self._ranks]
+        on_device = self._placement.same_gpu
+        streams = [rank.weight_buckets.options(**options).remote(on_device) for rank in self._ranks]
         async for bucket in streams[0]:
             yield bucket
         ends = [self._wait_rank(i, s.completed(), "send its weights", "sync_timeout_s") for i, s in enumerate(streams)]
@@ -163,7 +164,7 @@ class Cluster:
     async def _probe_slot(self, slot: Slot, version: int) -> float:
         what = "the parity probe"
         try:
-            drawn = [await self.pool.generate_on(slot, request, what) for request in self._probe.requests]
+            drawn = await asyncio.gather(*(self.pool.generate_on(slot, r, what) for r in self._probe.requests))
         except RayActorError:
             self.pool.replace(slot)
             return 0.0

@@ -98,8 +98,8 @@ class LearnerActor:
     def policy_version(self) -> int:
         return self._learner.policy_version
 
-    def weight_buckets(self) -> Iterator[WeightBucket]:
-        yield from self._learner.weight_buckets(_BUCKET_BYTES)
+    def weight_buckets(self, on_device: bool) -> Iterator[WeightBucket]:
+        yield from self._learner.weight_buckets(_BUCKET_BYTES, on_device=on_device)
 
     def save(self, folder: Path) -> None:
         self._learner.save(folder)

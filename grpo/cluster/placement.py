@@ -63,6 +63,11 @@ class Placement:
             number if self.shared else self.num_workers + number, self.rank_threads, self.gpus_per_rank
         )
 
+    @property
+    def same_gpu(self) -> bool:
+        """Whether the engine and the learner are one each and share one GPU, so that weights need not leave it."""
+        return self.shared and self.num_workers == 1
+
     def release(self) -> None:
         """Gives the resources back."""
         remove_placement_group(self.group)

@@ -27,7 +27,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 from vllm.platforms import current_platform
 
-from rollout.weight_sync import WeightBucket, unpack_bucket
+from rollout.weight_sync import DeviceBuffer, WeightBucket, unpack_bucket
 
 BACKEND = "keel"
 
@@ -90,6 +90,8 @@ class BucketWeightTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
         except Exception as error:
             reason = f"{type(error).__name__} {error}".strip()
             raise WeightLoadError(f"tensor {names[-1:]} does not fit the engine's model ({reason})") from error
+        if isinstance(update_info.bucket.buffer, DeviceBuffer):
+            torch.accelerator.synchronize()  # the sender fills this memory again as soon as this returns
 
     def finish_weight_update(self) -> None:
         """Closes the update. Raises IncompleteUpdateError, with the layers named, if tensors are missing."""
