@@ -25,7 +25,7 @@ from grpo.checkpoint import export_model, load_training_state, save_training_sta
 from grpo.config import LearnerConfig
 from grpo.logprobs import TokenLogprobs, token_logprobs
 from grpo.loss import LossFn, LossInputs, LossOutput, grpo_loss
-from grpo.model import PolicyModel, checkpoint_tensors, load_policy, shard_policy
+from grpo.model import PolicyModel, checkpoint_tensors, load_policy, reshard, shard_policy
 from grpo.stats import Moments, StepStats
 from rollout.weight_sync import WeightBucket, pack_buckets, pack_device_buckets
 
@@ -136,6 +136,7 @@ class Learner:
         change."""
         with torch.no_grad():
             scores = [token_logprobs(self.policy, batch.to(self.device)).logprobs for batch in batches]
+        reshard(self.policy)
         return torch.cat(scores).float().cpu().numpy()
 
     def weight_buckets(self, max_bytes: int, *, on_device: bool = False) -> Iterator[WeightBucket]:

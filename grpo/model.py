@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -111,6 +111,18 @@ def shard_policy(policy: PolicyModel, *, compute_dtype: torch.dtype, world_size:
     nn.Module.to(module, device)
     if device.type == "cuda":
         check_packing(module, policy.attention, compute_dtype)
+        reshard(policy)
+
+
+def reshard(policy: PolicyModel) -> None:
+    """Puts the sharded float32 masters back in the place of gathered compute copies.
+
+    A forward without a backward leaves the head's gathered copy registered as the module's parameter: an optimizer built
+    then would train the copy, and a checkpoint would hold it.
+    """
+    for module in policy.module.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _fully_shard(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:

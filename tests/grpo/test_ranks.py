@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from torch.distributed.tensor import DTensor
 
 from grpo.advantage import TrainSample
 from grpo.batch import Update, pack, plan_updates
@@ -34,6 +35,12 @@ class InspectableRank(LearnerActor):
     def gradients(self) -> dict[str, np.ndarray]:
         gradients: dict[str, Any] = {n: p.grad for n, p in self._learner.policy.module.named_parameters()}
         return {name: grad.full_tensor().numpy() for name, grad in gradients.items() if grad is not None}
+
+    def score_and_forget(self, update: Update, rank: int) -> bool:
+        """Whether every parameter is the sharded float32 master after a forward without a backward."""
+        self._learner.score([pack(microbatch) for microbatch in update.ranks[rank]])
+        parameters = list(self._learner.policy.module.parameters())
+        return all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in parameters)
 
     def weights(self) -> dict[str, np.ndarray]:
         buckets = self._learner.weight_buckets(1 << 16)
@@ -112,5 +119,6 @@ def test_half_precision_ranks_compute_in_bfloat16_and_keep_float32_masters(ray_a
     loss = sum(part for part, _ in parts)
     assert loss != result.losses[0] and loss == pytest.approx(result.losses[0], abs=0.02)
     assert torch.isfinite(torch.tensor(parts)).all()
+    assert ray.get([actor.score_and_forget.remote(update, rank) for rank, actor in enumerate(actors)]) == [True, True]
     for actor in actors:
         ray.kill(actor)
