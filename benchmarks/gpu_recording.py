@@ -51,8 +51,8 @@ def main() -> None:
     for plain, recorded in zip(results["none"], results["both"], strict=True):
         ratio = recorded["tokens_per_s"] / plain["tokens_per_s"]
         print(
-            f"top_p {recorded['top_p']:.2f}  mean kept set {recorded['kept_mean']:8.1f}  none {plain['tokens_per_s']:9.0f} "
-            f"tokens/s  both {recorded['tokens_per_s']:9.0f} tokens/s  ratio {ratio:.3f}"
+            f"top_p {recorded['top_p']:.2f}  mean kept set {recorded['kept_mean']:8.1f}  "
+            f"none {plain['tokens_per_s']:9.0f} tokens/s  both {recorded['tokens_per_s']:9.0f} tokens/s  ratio {ratio:.3f}"
         )
 
 
