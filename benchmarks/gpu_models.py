@@ -68,14 +68,19 @@ def make_model(name: str, folder: Path, *, head_scale: float = 8.0) -> Path:
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(head_scale)
     model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB_SIZE)}, unk_token="0"))
+    vocabulary = {"<pad>": 0, **{_word(i): i for i in range(1, EOS)}, "<eos>": EOS}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=str(EOS), pad_token="0").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>").save_pretrained(folder)
     return folder
 
 
 def write_tasks(path: Path, *, num_tasks: int, prompt_tokens: int) -> None:
     """Random prompts of one length."""
     rng = random.Random(0)
-    prompts = (" ".join(str(rng.randrange(VOCAB_SIZE - 1)) for _ in range(prompt_tokens)) for _ in range(num_tasks))
+    prompts = (" ".join(_word(rng.randrange(1, EOS)) for _ in range(prompt_tokens)) for _ in range(num_tasks))
     path.write_text("".join(json.dumps({"prompt": prompt, "answer": ""}) + "\n" for prompt in prompts))
+
+
+def _word(token_id: int) -> str:
+    return f"t{token_id}"
