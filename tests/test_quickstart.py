@@ -1,0 +1,51 @@
+"""The quickstart itself, shortened: the base model answers few tasks, and reinforcement learning lifts it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from grpo.config import load_config
+from grpo.metrics import read_metrics
+from grpo.report import write_report
+from grpo.train import train
+
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory) -> Path:
+    """The quickstart's own recipe, run in this process."""
+    specification = importlib.util.spec_from_file_location("base_model", QUICKSTART / "base_model.py")
+    assert specification is not None and specification.loader is not None
+    recipe = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(recipe)
+    path = tmp_path_factory.mktemp("quickstart") / "base"
+    recipe.build(path)
+    return path
+
+
+@pytest.mark.parametrize(("ahead", "steps", "reached"), [(0, 12, 0.75), (2, 16, 0.7)], ids=["synchronous", "two ahead"])
+def test_the_reward_rises(ahead, steps, reached, base_model, ray_address, tmp_path):
+    overrides = {
+        "run.steps": steps,
+        "run.eval_every": steps,
+        "run.checkpoint_every": 0,
+        "run.output_dir": f'"{tmp_path}"',
+        "model.path": f'"{base_model}"',
+        "grpo.max_off_policy_steps": ahead,
+        "cluster.address": f'"{ray_address}"',
+    }
+    run_file = QUICKSTART / "train.toml"
+    config = load_config(run_file, tuple(f"{key}={value}" for key, value in overrides.items()))
+    run_dir = train(config, run_file=run_file)
+    rows = read_metrics(run_dir)
+    assert rows[0]["eval/accuracy"] < 0.4 and rows[-1]["eval/accuracy"] > reached
+    rewards = [row["train/reward"] for row in rows[1:]]
+    assert sum(rewards[-4:]) > sum(rewards[:4]) + 4 * 0.2
+    assert max(row["train/staleness_max"] or 0 for row in rows[1:]) == ahead
+    assert all(row["mismatch/mean_abs"] < 1e-4 for row in rows[1:] if row["mismatch/mean_abs"] is not None)
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert "quickstart" in page and "http://" not in page.split("<body", 1)[0], "the page must stand alone"
