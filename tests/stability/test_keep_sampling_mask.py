@@ -119,6 +119,26 @@ def test_a_frozen_head_still_gives_the_hidden_gradient() -> None:
     torch.testing.assert_close(got, torch.autograd.grad(case.dense()[0].sum(), case.hidden)[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("sizes", [[3, 1, 7, 20], [0, 3, 90, 1], [0, 0]], ids=str)
+def test_accumulator_gets_the_weight_gradient_instead_of_autograd(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(keep_sampling_mask, "WIDE_SET", 50)
+    case = make_case(sizes, vocab_size=300)
+    accumulator = torch.ones_like(case.weight)
+    for _ in range(2):
+        support_logprobs(*case, weight_grad_accumulator=accumulator)[0].sum().backward()
+    want = torch.autograd.grad(case.dense()[0].sum(), case.weight)[0]
+    torch.testing.assert_close(accumulator.detach(), 1 + 2 * want, rtol=0, atol=1e-12)
+    assert case.weight.grad is None
+
+
+def test_an_accumulator_of_another_type_is_refused() -> None:
+    case = make_case([3, 2], vocab_size=300)
+    with pytest.raises(ValueError, match=r"torch.float16 \[300, 5\]; give a torch.float64"):
+        support_logprobs(*case, weight_grad_accumulator=torch.zeros(300, 5, dtype=torch.float16))
+
+
 def test_entropy_has_no_gradient() -> None:
     _, entropy = support_logprobs(*make_case([3, 2], vocab_size=500))
     assert not entropy.requires_grad
