@@ -18,20 +18,48 @@ from types import ModuleType
 from typing import Any
 
 from rewards.config import RewardConfig
+from rewards.signature import RewardError, check_signature
+
+__all__ = ["LoadedReward", "RewardError", "RewardSpec", "load_function", "load_reward", "load_rewards"]
 
 
-class RewardError(ValueError):
-    """A function named in a run file that cannot be used: the message names the entry and the remedy."""
+@dataclass(frozen=True, slots=True)
+class RewardSpec:
+    """A `[[rewards]]` entry after its check: all that another process needs to load and call it."""
+
+    config: RewardConfig
+    base_dir: Path
+    """Absolute; what `./file.py` is relative to."""
+    per_group: bool
+    """Called once with all answers of a prompt, not once per answer."""
+    is_async: bool
+
+    @property
+    def name(self) -> str:
+        return self.config.name or self.config.fn.rpartition(":")[2]
+
+    @property
+    def key(self) -> str:
+        """The same for entries that make the same calls, whatever their weights."""
+        return f"{self.base_dir}\n{self.config.model_dump_json(exclude={'weight', 'gate', 'name'})}"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedReward:
-    """A reward function that is ready to be called as `fn(task, answer, **kwargs)`."""
+    """A reward function that is ready to be called as `fn(task, answer, **kwargs)`, or with `answers`."""
 
-    name: str
-    weight: float
+    spec: RewardSpec
     fn: Callable[..., Any]
     kwargs: Mapping[str, Any]
+    """The entry's arguments, read as the types that the signature names."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def weight(self) -> float:
+        return self.spec.config.weight
 
 
 def load_reward(config: RewardConfig, *, base_dir: Path) -> LoadedReward:
@@ -41,11 +69,13 @@ def load_reward(config: RewardConfig, *, base_dir: Path) -> LoadedReward:
         base_dir: the run file's folder.
 
     Raises:
-        RewardError: as `load_function`, or it does not take `(task, answer, **kwargs)`.
+        RewardError: as `load_function`, or its first two parameters are not `task` and `answer` or `answers`, or the
+            entry's kwargs do not fit its signature.
     """
     fn = load_function(config.fn, base_dir=base_dir, field="rewards.fn")
-    _check_signature(config, fn)
-    return LoadedReward(config.name or config.fn.rpartition(":")[2], config.weight, fn, dict(config.kwargs))
+    checked = check_signature(fn, config.kwargs, where=f"rewards.fn {config.fn!r}")
+    spec = RewardSpec(config, base_dir.resolve(), checked.per_group, checked.is_async)
+    return LoadedReward(spec, fn, checked.kwargs)
 
 
 def load_rewards(configs: Sequence[RewardConfig], *, base_dir: Path) -> tuple[LoadedReward, ...]:
@@ -125,19 +155,3 @@ def _load_file(where: str, path: Path) -> ModuleType:
 def _public_functions(module: ModuleType) -> str:
     own = (value.__name__ for value in vars(module).values() if inspect.isfunction(value))
     return ", ".join(sorted(name for name in own if not name.startswith("_"))) or "no functions"
-
-
-def _check_signature(config: RewardConfig, fn: Callable[..., Any]) -> None:
-    """Binds a call without making it."""
-    try:
-        signature = inspect.signature(fn)
-    except ValueError:  # some builtins carry no signature; the first call will tell
-        return
-    try:
-        signature.bind(None, None, **config.kwargs)
-    except TypeError as error:
-        call = ", ".join(["task", "answer", *(f"{key}=..." for key in config.kwargs)])
-        raise RewardError(
-            f"rewards.fn {config.fn!r}: it is called as ({call}) but its signature is {signature}: {error}; change the "
-            "function or the entry's kwargs"
-        ) from None

@@ -1,35 +1,36 @@
-"""Groups in, scored groups out: every reward function on every completion, weighted and summed.
+"""Groups in, scored groups out: every reward function on every completion, gated, weighted and summed.
 
 A reward that fails does not become a zero, which would teach the policy that a right answer was wrong: its sample is
-marked invalid, counted by cause, and dropped from its group. Synchronous functions run in threads, so that a slow one
-does not hold up generation; they must be safe to call from several threads at once.
+marked invalid, counted by cause, and dropped from its group. Where the functions run is the runner's business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import inspect
+import json
 import logging
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from rewards.load import LoadedReward
+from rewards.load import LoadedReward, RewardSpec
+from rewards.outcome import Outcome
 from rewards.types import Answer, ScoredGroup
 from rollout.types import Completion, Group, Task
 
 logger = logging.getLogger(__name__)
 
+_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
-@dataclass(frozen=True, slots=True)
-class _Score:
-    """What one reward function said of one sample: its total, and its parts if it named any."""
 
-    value: float
-    parts: Mapping[str, float]
+class RewardRunner(Protocol):
+    """Calls a reward function on the answers of one task; one outcome per answer, in their order."""
+
+    async def run_reward(self, spec: RewardSpec, task: Task, answers: Sequence[Answer]) -> Sequence[Outcome]: ...
 
 
 class Scorer:
@@ -39,7 +40,11 @@ class Scorer:
     """
 
     def __init__(
-        self, rewards_by_domain: Callable[[str], tuple[LoadedReward, ...]], *, decode: Callable[[np.ndarray], str]
+        self,
+        rewards_by_domain: Callable[[str], tuple[LoadedReward, ...]],
+        *,
+        decode: Callable[[np.ndarray], str],
+        runner: RewardRunner,
     ) -> None:
         """
         Args:
@@ -48,87 +53,85 @@ class Scorer:
         """
         self._rewards_by_domain = rewards_by_domain
         self._decode = decode
+        self._runner = runner
         self._logged: set[str] = set()
 
     async def score(self, group: Group) -> ScoredGroup:
-        """Scores the G completions of a group, all functions and samples at once."""
-        rewards = self._rewards_by_domain(group.task.domain)
-        answers = tuple(self._answer(completion) for completion in group.completions)
-        calls = [self._call(reward, group.task, answer) for answer in answers for reward in rewards]
-        results = await asyncio.gather(*calls)
-        rows = [results[i : i + len(rewards)] for i in range(0, len(results), len(rewards))]
-        failures = Counter(result for row in rows for result in row if isinstance(result, str))
-        totals = np.array([_total(rewards, row) for row in rows], np.float64)
-        return ScoredGroup(group, answers, totals, np.isfinite(totals), _breakdown(rewards, rows), dict(failures))
+        """Scores the G completions of a group, all functions at once."""
+        specs = [reward.spec for reward in self._rewards_by_domain(group.task.domain)]
+        answers = tuple(self._answer(group.task, completion) for completion in group.completions)
+        columns = await asyncio.gather(*(self._runner.run_reward(spec, group.task, answers) for spec in specs))
+        failures = self._count_failures(specs, columns, group.task)
+        totals = total_rewards(specs, columns)
+        return ScoredGroup(group, answers, totals, np.isfinite(totals), breakdown(specs, columns), failures)
 
-    def _answer(self, completion: Completion) -> Answer:
-        return Answer(self._decode(completion.token_ids), completion.num_tokens, completion.finish_reason)
+    def _answer(self, task: Task, completion: Completion) -> Answer:
+        text = self._decode(completion.token_ids)
+        return make_answer(task, text, completion.num_tokens, completion.finish_reason)
 
-    async def _call(self, reward: LoadedReward, task: Task, answer: Answer) -> _Score | str:
-        """The score, or the cause why there is none."""
-        try:
-            if inspect.iscoroutinefunction(reward.fn):
-                result = await reward.fn(task, answer, **reward.kwargs)
-            else:
-                result = await asyncio.to_thread(reward.fn, task, answer, **reward.kwargs)
-                result = await result if inspect.isawaitable(result) else result
-            return _read(result)
-        except Exception as error:  # a user's function may fail in any way: that sample is dropped and counted
-            cause = (
-                f"{reward.name}: {error}" if isinstance(error, _BadResult) else f"{reward.name}: {type(error).__name__}"
-            )
-            self._log_once(cause, task, error)
-            return cause
+    def _count_failures(
+        self, specs: Sequence[RewardSpec], columns: Sequence[Sequence[Outcome]], task: Task
+    ) -> dict[str, int]:
+        causes: Counter[str] = Counter()
+        for spec, column in zip(specs, columns, strict=True):
+            for outcome in column:
+                if not outcome.ok:
+                    cause = f"{spec.name}: {outcome.cause}"
+                    causes[cause] += 1
+                    self._log_once(cause, task, outcome)
+        return dict(causes)
 
-    def _log_once(self, cause: str, task: Task, error: Exception) -> None:
+    def _log_once(self, cause: str, task: Task, outcome: Outcome) -> None:
         if cause not in self._logged:
             self._logged.add(cause)
-            trace = None if isinstance(error, _BadResult) else error
+            detail = f"\n{outcome.detail}" if outcome.detail else ""
             logger.warning(
-                "reward %s on task %s: the sample is dropped (logged once per cause)", cause, task.id, exc_info=trace
+                "reward %s on task %s: the sample is dropped (logged once per cause)%s", cause, task.id, detail
             )
 
 
-class _BadResult(Exception):
-    """A reward function returned something that is not a score."""
+def make_answer(task: Task, text: str, num_tokens: int, finish_reason: Any) -> Answer:
+    """The completion as rewards see it; a chat task's comes with its conversation and tool calls."""
+    if isinstance(task.prompt, str):
+        return Answer(text, num_tokens, finish_reason)
+    messages = (*task.prompt, {"role": "assistant", "content": text})
+    return Answer(text, num_tokens, finish_reason, messages, _tool_calls(text))
 
 
-def _read(result: object) -> _Score:
-    """Checks what a reward function returned."""
-    if isinstance(result, Mapping):
-        parts = {str(name): _number(value) for name, value in result.items()}
-        return _Score(sum(parts.values()), parts)
-    return _Score(_number(result), {})
+def total_rewards(specs: Sequence[RewardSpec], columns: Sequence[Sequence[Outcome]]) -> np.ndarray:
+    """float64 [G]: the weighted sum; 0 where a gate is below 1; NaN where any function failed.
+
+    Args:
+        columns: per reward function the outcomes of the G samples.
+    """
+    values = np.array([[outcome.value if outcome.ok else math.nan for outcome in column] for column in columns])
+    weights = np.array([spec.config.weight for spec in specs])
+    is_gate = np.array([spec.config.gate for spec in specs])
+    shut = (values[is_gate] < 1.0).any(axis=0) & np.isfinite(values).all(axis=0)
+    return np.where(shut, 0.0, weights @ values)
 
 
-def _number(value: object) -> float:
-    if not isinstance(value, int | float | np.integer | np.floating | np.bool_):
-        raise _BadResult(f"returned {type(value).__name__}, not a number")
-    if not math.isfinite(value):
-        raise _BadResult("returned a number that is not finite")
-    return float(value)
-
-
-def _total(rewards: tuple[LoadedReward, ...], row: list[_Score | str]) -> float:
-    """The weighted sum, NaN where any function failed."""
-    if any(isinstance(result, str) for result in row):
-        return math.nan
-    return sum(
-        reward.weight * score.value for reward, score in zip(rewards, row, strict=True) if isinstance(score, _Score)
-    )
-
-
-def _breakdown(rewards: tuple[LoadedReward, ...], rows: list[list[_Score | str]]) -> dict[str, np.ndarray]:
+def breakdown(specs: Sequence[RewardSpec], columns: Sequence[Sequence[Outcome]]) -> dict[str, np.ndarray]:
     """Unweighted values by reward name, and by `name/part` for rewards that name parts: float64 [G], NaN where
     absent."""
-    breakdown: dict[str, np.ndarray] = {}
-    for column, reward in enumerate(rewards):
-        for sample, row in enumerate(rows):
-            result = row[column]
-            values = (
-                {} if isinstance(result, str) else {"": result.value, **{f"/{k}": v for k, v in result.parts.items()}}
-            )
-            breakdown.setdefault(reward.name, np.full(len(rows), np.nan))
-            for suffix, value in values.items():
-                breakdown.setdefault(reward.name + suffix, np.full(len(rows), np.nan))[sample] = value
-    return breakdown
+    table: dict[str, np.ndarray] = {}
+    for spec, column in zip(specs, columns, strict=True):
+        table[spec.name] = np.full(len(column), np.nan)
+        for sample, outcome in enumerate(column):
+            parts: Mapping[str, float] = {spec.name: outcome.value}
+            parts |= {f"{spec.name}/{part}": value for part, value in outcome.parts.items()}
+            for name, value in parts.items():
+                table.setdefault(name, np.full(len(column), np.nan))[sample] = value
+    return table
+
+
+def _tool_calls(text: str) -> tuple[Mapping[str, Any], ...]:
+    calls = []
+    for block in _TOOL_CALL.findall(text):
+        try:
+            call = json.loads(block)
+        except ValueError:
+            continue
+        if isinstance(call, dict) and isinstance(call.get("name"), str):
+            calls.append({"name": call["name"], "arguments": call.get("arguments", {})})
+    return tuple(calls)

@@ -12,7 +12,9 @@ from rewards.exact_match import exact_match
 from rewards.load import RewardError, load_reward, load_rewards
 
 SOURCE = """
+import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 @dataclass
 class Settings:
@@ -31,6 +33,33 @@ async def later(task, answer):
 
 def no_task(answer):
     return 1.0
+
+def other_names(prompt, completions):
+    return [1.0]
+
+def swapped(answer, task):
+    return 1.0
+
+def for_group(task, answers, *, folder: Path = Path("."), sizes: tuple[int, ...] = ()):
+    return [1.0 for _ in answers]
+
+def anything(task, answer, **options):
+    return 1.0
+
+def typed(task, answer, *, scale: float = 1.0):
+    return scale
+
+def wrapper(*args, **kwargs):
+    return 1.0
+
+
+partial_later = functools.partial(later)
+
+class AsyncJudge:
+    async def __call__(self, task, answer):
+        return 0.5
+
+async_judge = AsyncJudge()
 
 class Judge:
     def __call__(self, task, answer):
@@ -76,8 +105,13 @@ def test_callable_object(folder: Path) -> None:
         ("./none.py:f", {}, r"no file .*none\.py"),
         ("./mine.py:plian", {}, r"has no 'plian'; it has .*plain"),
         ("./mine.py:limit", {}, r"'limit' is int, want a function"),
-        ("./mine.py:plain", {"scale": 1}, r"called as \(task, answer, scale=\.\.\.\).*unexpected keyword"),
-        ("./mine.py:with_arguments", {}, r"missing a required.*'scale'"),
+        ("./mine.py:plain", {"scale": 1}, r"kwargs\.scale: unknown argument; it takes no arguments"),
+        ("./mine.py:with_arguments", {}, r"kwargs\.scale is missing .* set it in the run file"),
+        ("./mine.py:with_arguments", {"scale": 1, "shft": 2}, r"kwargs\.shft: unknown argument; it takes scale, shift"),
+        ("./mine.py:typed", {"scale": "two"}, r"kwargs\.scale = 'two': .*valid number"),
+        ("./mine.py:other_names", {}, r"call its first two parameters task and answer \(or answers\)"),
+        ("./mine.py:swapped", {}, r"call its first two parameters task and answer"),
+        ("./mine.py:wrapper", {}, r"a decorator needs functools\.wraps"),
         ("./mine.py:no_task", {}, r"signature is \(answer\)"),
         ("./broken.py:f", {}, r"broken\.py failed: ZeroDivisionError"),
         ("no_such_package.rewards:f", {}, r"no module 'no_such_package'.*install the package"),
@@ -86,6 +120,40 @@ def test_callable_object(folder: Path) -> None:
 def test_mistakes_are_named_with_a_remedy(folder: Path, fn: str, kwargs: dict[str, float], message: str) -> None:
     with pytest.raises(RewardError, match=message):
         load_reward(RewardConfig(fn=fn, kwargs=kwargs), base_dir=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "per_group", "is_async"),
+    [
+        ("plain", False, False),
+        ("later", False, True),
+        ("partial_later", False, True),
+        ("judge", False, False),
+        ("async_judge", False, True),
+        ("for_group", True, False),
+    ],
+)
+def test_the_form_is_recognised(folder: Path, name: str, per_group: bool, is_async: bool) -> None:
+    spec = load_reward(RewardConfig(fn=f"./mine.py:{name}"), base_dir=folder).spec
+    assert (spec.per_group, spec.is_async) == (per_group, is_async)
+
+
+def test_arguments_are_read_as_their_types(folder: Path) -> None:
+    given = {"folder": "/tmp", "sizes": [1, 2]}
+    reward = load_reward(RewardConfig(fn="./mine.py:for_group", kwargs=given), base_dir=folder)
+    assert reward.kwargs == {"folder": Path("/tmp"), "sizes": (1, 2)}
+
+
+def test_a_function_that_takes_anything_gets_anything(folder: Path) -> None:
+    assert load_reward(RewardConfig(fn="./mine.py:anything", kwargs={"x": 1}), base_dir=folder).kwargs == {"x": 1}
+
+
+def test_entries_that_make_the_same_calls_share_a_key(folder: Path) -> None:
+    def key(**settings: object) -> str:
+        return load_reward(RewardConfig.model_validate({"fn": "./mine.py:typed"} | settings), base_dir=folder).spec.key
+
+    assert key() == key(weight=3, name="other", gate=True)
+    assert len({key(), key(kwargs={"scale": 2}), key(timeout_s=1)}) == 3
 
 
 def test_two_rewards_of_one_name_are_refused(folder: Path) -> None:

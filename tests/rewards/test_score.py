@@ -1,22 +1,44 @@
-"""Scoring a group: weights, parts, and what becomes of failures."""
+"""Scoring a group: weights, gates, parts, and what becomes of failures."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rewards.load import LoadedReward
-from rewards.score import Scorer
+from grpo.drops import DropRateError, check_drops
+from rewards.config import RewardConfig
+from rewards.load import LoadedReward, RewardSpec
+from rewards.outcome import Outcome
+from rewards.score import Scorer, make_answer
 from rewards.types import Answer, ScoredGroup
 from rollout.types import Completion, FinishReason, Group, Replay, Task
 
+Judge = Callable[[Answer], Outcome]
 
-def make_group(*token_ids: list[int]) -> Group:
+
+class Table:
+    """A runner that looks outcomes up instead of starting a process."""
+
+    def __init__(self, **judges: Judge) -> None:
+        self.judges = judges
+
+    async def run_reward(self, spec: RewardSpec, task: Task, answers: Sequence[Answer]) -> list[Outcome]:
+        return [self.judges[spec.name](answer) for answer in answers]
+
+
+def reward(name: str, weight: float = 1.0, **settings: Any) -> LoadedReward:
+    config = RewardConfig(fn=f"any:{name}", weight=weight, **settings)
+    return LoadedReward(RewardSpec(config, Path("/"), per_group=False, is_async=False), lambda: None, {})
+
+
+def make_group(*token_ids: list[int], task: Task | None = None) -> Group:
     completions = tuple(
         Completion(
             np.array(ids, np.int32),
@@ -28,103 +50,126 @@ def make_group(*token_ids: list[int]) -> Group:
         )
         for ids in token_ids
     )
-    return Group(0, Task("t", "math", "?", "7"), np.array([1], np.int32), completions)
+    return Group(0, task or Task("t", "math", "?", "7"), np.array([1], np.int32), completions)
 
 
 def decode(token_ids: np.ndarray) -> str:
     return " ".join(map(str, token_ids))
 
 
-def score(group: Group, *rewards: LoadedReward) -> ScoredGroup:
-    return asyncio.run(Scorer(lambda domain: rewards, decode=decode).score(group))
+def score(group: Group, *rewards: LoadedReward, **judges: Judge) -> ScoredGroup:
+    return asyncio.run(Scorer(lambda domain: rewards, decode=decode, runner=Table(**judges)).score(group))
 
 
-def first_token(task: Task, answer: Answer) -> float:
-    return float(answer.text.split()[0])
+def first_token(answer: Answer) -> Outcome:
+    return Outcome(float(answer.text.split()[0]))
 
 
-async def length(task: Task, answer: Answer, *, scale: float) -> float:
-    await asyncio.sleep(0)
-    return scale * answer.num_tokens
+def length(answer: Answer) -> Outcome:
+    return Outcome(float(answer.num_tokens), {"tokens": float(answer.num_tokens)} if answer.num_tokens > 1 else {})
 
 
-def in_parts(task: Task, answer: Answer) -> dict[str, float]:
-    return {"form": 0.25, "content": 1.0} if answer.num_tokens > 1 else {"form": 0.5}
+def is_seven(answer: Answer) -> Outcome:
+    return Outcome(float(answer.text.startswith("7")))
 
 
-def test_weighted_sum_of_sync_and_async_functions() -> None:
-    rewards = (LoadedReward("first", 2.0, first_token, {}), LoadedReward("length", -0.5, length, {"scale": 3.0}))
-    scored = score(make_group([7], [5, 6], [2, 2, 2]), *rewards)
-    np.testing.assert_array_equal(scored.rewards, [2 * 7 - 1.5, 2 * 5 - 3.0, 2 * 2 - 4.5])
+def fails_on_one(answer: Answer) -> Outcome:
+    return Outcome(cause="KeyError", detail="a traceback") if answer.text == "1" else Outcome(1.0)
+
+
+def test_weighted_sum() -> None:
+    rewards = (reward("first", 2.0), reward("size", -0.5))
+    scored = score(make_group([7], [5, 6], [2, 2, 2]), *rewards, first=first_token, size=length)
+    np.testing.assert_array_equal(scored.rewards, [2 * 7 - 0.5, 2 * 5 - 1.0, 2 * 2 - 1.5])
     np.testing.assert_array_equal(scored.breakdown["first"], [7, 5, 2])
-    np.testing.assert_array_equal(scored.breakdown["length"], [3, 6, 9])
+    np.testing.assert_array_equal(scored.breakdown["size"], [1, 2, 3])
+    np.testing.assert_array_equal(scored.breakdown["size/tokens"], [np.nan, 2, 3])
     assert scored.valid.all() and scored.valid.dtype == bool and not scored.failures
     assert scored.answers[1] == Answer("5 6", 2, FinishReason.STOP)
 
 
-def test_named_parts_sum_to_the_reward() -> None:
-    scored = score(make_group([1, 2], [3]), LoadedReward("mine", 1.0, in_parts, {}))
-    np.testing.assert_array_equal(scored.rewards, [1.25, 0.5])
-    np.testing.assert_array_equal(scored.breakdown["mine"], [1.25, 0.5])
-    np.testing.assert_array_equal(scored.breakdown["mine/form"], [0.25, 0.5])
-    np.testing.assert_array_equal(scored.breakdown["mine/content"], [1.0, np.nan])
-
-
-def misbehave(task: Task, answer: Answer) -> Any:
-    match answer.text:
-        case "1":
-            raise KeyError("x")
-        case "2":
-            return float("nan")
-        case "3":
-            return "0.5"
-        case "4":
-            return None
-        case "5":
-            return {"a": float("inf")}
-    return True
-
-
-def test_failures_are_dropped_and_counted_never_scored_zero() -> None:
-    group = make_group([0], [1], [1], [2], [3], [4], [5])
-    scored = score(group, LoadedReward("ok", 1.0, first_token, {}), LoadedReward("bad", 1.0, misbehave, {}))
-    assert scored.valid.tolist() == [True] + [False] * 6
-    assert scored.rewards[0] == 1.0 and np.isnan(scored.rewards[1:]).all()
-    assert scored.failures == {
-        "bad: KeyError": 2,
-        "bad: returned a number that is not finite": 2,
-        "bad: returned str, not a number": 1,
-        "bad: returned NoneType, not a number": 1,
-    }
-    np.testing.assert_array_equal(scored.breakdown["ok"], [0, 1, 1, 2, 3, 4, 5])
-
-
-def test_each_cause_is_logged_once_with_its_task(caplog: pytest.LogCaptureFixture) -> None:
-    scorer = Scorer(lambda domain: (LoadedReward("bad", 1.0, misbehave, {}),), decode=decode)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            asyncio.run(scorer.score(make_group([1], [2])))
-    assert len(caplog.records) == 2
-    assert "bad: KeyError on task t" in caplog.text
-
-
-def test_sync_functions_run_at_the_same_time() -> None:
-    barrier = threading.Barrier(3, timeout=10)
-
-    def wait_for_the_others(task: Task, answer: Answer) -> float:
-        barrier.wait()
-        return 1.0
-
-    scored = score(make_group([1], [2], [3]), LoadedReward("wait", 1.0, wait_for_the_others, {}))
+def test_a_shut_gate_makes_the_total_zero_and_keeps_the_breakdown() -> None:
+    rewards = (reward("size", 3.0), reward("gate", 0.0, gate=True))
+    scored = score(make_group([7, 7], [5, 6]), *rewards, size=length, gate=is_seven)
+    np.testing.assert_array_equal(scored.rewards, [6.0, 0.0])
+    np.testing.assert_array_equal(scored.breakdown["size"], [2, 2])
+    np.testing.assert_array_equal(scored.breakdown["gate"], [1, 0])
     assert scored.valid.all()
 
 
+def test_a_gate_counts_with_its_weight_where_it_is_open() -> None:
+    scored = score(make_group([7], [5]), reward("gate", 0.5, gate=True), gate=is_seven)
+    np.testing.assert_array_equal(scored.rewards, [0.5, 0.0])
+
+
+def test_every_gate_must_hold() -> None:
+    rewards = (reward("one", gate=True), reward("two", gate=True))
+    scored = score(
+        make_group([7], [7, 1]), *rewards, one=is_seven, two=lambda a: Outcome(0.99 if a.num_tokens > 1 else 1)
+    )
+    np.testing.assert_array_equal(scored.rewards, [2.0, 0.0])
+
+
+def test_a_failure_drops_its_sample_and_is_counted_even_behind_a_shut_gate() -> None:
+    rewards = (reward("ok"), reward("bad"), reward("gate", gate=True))
+    scored = score(make_group([0], [1], [1]), *rewards, ok=first_token, bad=fails_on_one, gate=lambda _: Outcome(0.0))
+    assert scored.valid.tolist() == [True, False, False] and scored.rewards[0] == 0.0
+    assert all(math.isnan(value) for value in scored.rewards[1:])
+    assert scored.failures == {"bad: KeyError": 2}
+    np.testing.assert_array_equal(scored.breakdown["ok"], [0, 1, 1])
+
+
+def test_each_cause_is_logged_once_with_function_task_and_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    scorer = Scorer(lambda domain: (reward("bad"),), decode=decode, runner=Table(bad=fails_on_one))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            asyncio.run(scorer.score(make_group([1], [2])))
+    assert len(caplog.records) == 1
+    assert "bad: KeyError on task t" in caplog.text and "a traceback" in caplog.text
+
+
 def test_each_domain_has_its_own_rewards() -> None:
-    asked: list[str] = []
+    of_domain = {"math": (reward("first"),), "code": (reward("size"), reward("gate"))}
+    scorer = Scorer(
+        lambda domain: of_domain[domain], decode=decode, runner=Table(first=first_token, size=length, gate=is_seven)
+    )
+    for domain in of_domain:
+        scored = asyncio.run(scorer.score(make_group([1], task=Task("t", domain, "?"))))
+        assert [name.partition("/")[0] for name in scored.breakdown] == [r.name for r in of_domain[domain]]
 
-    def rewards_of(domain: str) -> tuple[LoadedReward, ...]:
-        asked.append(domain)
-        return (LoadedReward("first", 1.0, first_token, {}),)
 
-    asyncio.run(Scorer(rewards_of, decode=decode).score(make_group([1])))
-    assert asked == ["math"]
+def test_a_chat_answer_carries_its_conversation_and_tool_calls() -> None:
+    task = Task("t", "agent", ({"role": "user", "content": "add"},))
+    text = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><tool_call>{"name": 3}</tool_call><tool_call>{'
+    answer = make_answer(task, text, 9, FinishReason.STOP)
+    assert answer.messages == (*task.prompt, {"role": "assistant", "content": text})
+    assert answer.tool_calls == ({"name": "add", "arguments": {"a": 1}},)
+    plain = make_answer(Task("t", "d", "?"), text, 9, FinishReason.STOP)
+    assert plain.messages == plain.tool_calls == ()
+
+
+def dropped(num_valid: int, num_dropped: int, cause: str = "slow: timeout", task: str = "train:7") -> ScoredGroup:
+    valid = np.arange(num_valid + num_dropped) < num_valid
+    group = make_group(*([1] for _ in valid), task=Task(task, "math", "?"))
+    failures = {cause: num_dropped} if num_dropped else {}
+    return ScoredGroup(group, (), np.where(valid, 1.0, np.nan), valid, {}, failures)
+
+
+def test_the_drop_rate_is_over_the_whole_step() -> None:
+    check_drops([dropped(0, 4), dropped(4, 0)], 0.5)
+    check_drops([dropped(4, 0)], 0.0)
+    with pytest.raises(DropRateError, match=r"5 of the step's 8 samples, more than grpo\.max_drop_rate = 0\.5"):
+        check_drops([dropped(0, 4), dropped(3, 1)], 0.5)
+
+
+def test_a_step_without_any_reward_stops_the_run() -> None:
+    with pytest.raises(DropRateError, match="4 of the step's 4 samples"):
+        check_drops([dropped(0, 4)], 0.999)
+
+
+def test_the_stop_names_functions_causes_and_tasks() -> None:
+    groups = [dropped(0, 2), dropped(0, 1, "mine: KeyError", "train:9"), dropped(0, 1, task="train:8")]
+    with pytest.raises(DropRateError) as error:
+        check_drops(groups, 0.1)
+    assert "slow: timeout: 3 times, for example task train:7" in str(error.value)
+    assert "mine: KeyError: 1 times, for example task train:9" in str(error.value)
