@@ -20,6 +20,9 @@ USER_ERROR = 2
 RUN_FAILED = 1
 """Exit code when a run stopped itself: an engine without the learner's weights, an actor that did not answer."""
 
+STOPS = ("ParityError", "ClusterError", "ModelCheckError", "DropRateError", "JudgeServerError", "JudgeError")
+"""Errors whose message says all of why a run stopped."""
+
 app = typer.Typer(
     name="keel",
     help="RL post-training for language models in which training sees exactly what generation saw.",
@@ -121,6 +124,68 @@ def replay(
     _print_result(replay_file(file))
 
 
+@app.command("check-reward")
+def check_reward(
+    fn: Annotated[str, typer.Argument(metavar="SPEC", help="package.module:function or ./file.py:function.")],
+    tasks: Annotated[Path, typer.Option("--tasks", help="The tasks, as .jsonl.")],
+    completions: Annotated[
+        Path | None,
+        typer.Option("--completions", help="Rows with the task's id or prompt and a completion; default: made up."),
+    ] = None,
+    kwargs: Annotated[
+        list[str] | None, typer.Option("--kwargs", metavar="KEY=VALUE", help="An argument; repeatable.")
+    ] = None,
+    num_tasks: Annotated[int, typer.Option("--num-tasks", min=1, help="Tasks to make completions up for.")] = 20,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds for one call.")] = 30.0,
+    may_vary: Annotated[bool, typer.Option("--may-vary", help="The function does not claim to be repeatable.")] = False,
+) -> None:
+    """Runs a reward function on a few completions and prints every breach of the contract."""
+    from grpo.check_reward import check_reward as check
+
+    if not check(
+        fn,
+        tasks=tasks,
+        completions=completions,
+        kwargs=tuple(kwargs or ()),
+        num_tasks=num_tasks,
+        timeout_s=timeout_s,
+        may_vary=may_vary,
+    ):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def judge(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or id; requests name it the same way.")],
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8199,
+    host: Annotated[
+        str, typer.Option("--host", help="Anything but loopback is open to whoever reaches it.")
+    ] = "127.0.0.1",
+    devices: Annotated[str, typer.Option("--devices", help="GPUs, as in CUDA_VISIBLE_DEVICES; default: all.")] = "",
+    cpu_threads: Annotated[int, typer.Option("--cpu-threads", min=1, help="Without GPUs.")] = 1,
+) -> None:
+    """Serves a judge model until Ctrl-C; further options go to vLLM, such as --max-model-len 8192."""
+    from grpo.judge import ServerOptions, serve
+
+    options = ServerOptions(devices=devices, cpu_threads=cpu_threads, vllm_args=tuple(context.args))
+    serve(model, port=port, host=host, options=options)
+
+
+@app.command("judge-report")
+def judge_report(
+    file: Annotated[Path, typer.Argument(help="Rows of prompt, rubric, completion and, where known, label or labels.")],
+    endpoint: Annotated[str, typer.Option("--endpoint", help="With its /v1.")],
+    model: Annotated[str, typer.Option("--model", help="As the endpoint calls it.")],
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Judgements of every completion.")] = 3,
+    output: Annotated[Path | None, typer.Option("-O", "--output", help="Write the JSON there.")] = None,
+) -> None:
+    """Measures how far a judge agrees with itself and with given labels."""
+    from grpo.judge import report as judge_agreement
+
+    judge_agreement(file, endpoint=endpoint, model=model, repeats=repeats, output=output)
+
+
 def main() -> None:
     """Runs the command line; a mistake of the user is one message, not a traceback. Ctrl-C exits with 130 (typer does
     it)."""
@@ -137,14 +202,15 @@ def main() -> None:
 def _exit_code(error: ValueError | RuntimeError) -> int | None:
     """What to exit with when the message says all; None for an error whose traceback is needed."""
     from grpo.config import ConfigError
+    from rewards.judge.schema import RubricError
     from rewards.load import RewardError
     from rollout.tasks import TaskError
     from rollout.tokenizer import TokenizerError
 
-    if isinstance(error, ConfigError | RewardError | TaskError | TokenizerError):
+    if isinstance(error, ConfigError | RewardError | TaskError | TokenizerError | RubricError):
         return USER_ERROR
     # Matched by name: importing these classes would load torch and Ray to report a mistake in `keel report`.
-    return RUN_FAILED if type(error).__name__ in ("ParityError", "ClusterError", "ModelCheckError") else None
+    return RUN_FAILED if type(error).__name__ in STOPS else None
 
 
 def _load(run_file: Path, override: list[str] | None) -> TrainConfig:

@@ -72,6 +72,8 @@ class GrpoConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstring
     """Draw further prompts in place of groups whose rewards are all equal (dynamic sampling)."""
     max_refills: int = Field(default=2, ge=1)
     """At most this many times `prompts_per_step` extra groups per step when refilling."""
+    max_drop_rate: float = Field(default=0.5, ge=0, lt=1)
+    """The run stops when rewards could not be had for more than this share of a step's samples."""
 
 
 class LearnerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -80,18 +82,25 @@ class LearnerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     ranks: int = Field(default=1, ge=1)
     """Processes that share the model; one GPU each where there are GPUs."""
     lr: float = Field(default=1e-6, gt=0)
+    """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a half cosine to zero at the run's last optimizer step."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled, on every parameter."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the squared gradient's running mean."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type; master weights, gradients' reduction and optimizer state are float32."""
     max_tokens_per_microbatch: int = Field(default=16384, ge=1)
     """Packed tokens per forward; the longest prompt + completion must fit."""
     gradient_checkpointing: bool = True
+    """Recompute decoder layers in the backward pass: less memory, about a third more compute."""
     cpu_threads: int = Field(default=1, ge=1)
     """Compute threads of one rank on a machine without GPUs."""
 
@@ -113,6 +122,8 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     """Longest wait for one weight sync."""
     max_worker_restarts: int = Field(default=8, ge=0)
     """A lost rollout worker is replaced this often before the run stops."""
+    reward_workers: int = Field(default=4, ge=1)
+    """Processes that reward functions run in; synchronous functions run one call at a time in each."""
 
 
 class DebugConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):

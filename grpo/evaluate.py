@@ -11,7 +11,8 @@ import numpy as np
 
 from grpo.assembly import make_cluster
 from grpo.config import ConfigError, TrainConfig
-from grpo.preflight import check
+from grpo.judge import owned_judges
+from grpo.preflight import Preflight, check, with_endpoints
 from grpo.sampling import DrawnGroup, GroupSampler
 from rollout.types import Task
 
@@ -74,6 +75,11 @@ async def _evaluate_run(config: TrainConfig, run_file: Path, checkpoint: Path | 
     if config.tasks.eval is None:
         raise ConfigError("tasks.eval: there are no held-out tasks to evaluate on; name a task file there")
     preflight = check(config, run_file)
+    with owned_judges(config) as served:
+        return await _evaluate_checkpoint(served, with_endpoints(preflight, served, run_file), checkpoint)
+
+
+async def _evaluate_checkpoint(config: TrainConfig, preflight: Preflight, checkpoint: Path | None) -> dict[str, object]:
     cluster = make_cluster(config, preflight)
     try:
         await cluster.start()

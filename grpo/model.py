@@ -117,8 +117,8 @@ def shard_policy(policy: PolicyModel, *, compute_dtype: torch.dtype, world_size:
 def reshard(policy: PolicyModel) -> None:
     """Puts the sharded float32 masters back in the place of gathered compute copies.
 
-    A forward without a backward leaves the head's gathered copy registered as the module's parameter: an optimizer built
-    then would train the copy, and a checkpoint would hold it.
+    A forward without a backward leaves the head's gathered copy registered as the module's parameter: an optimizer
+    built then would train the copy, and a checkpoint would hold it.
     """
     for module in policy.module.modules():
         if isinstance(module, FSDPModule):

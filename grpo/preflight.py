@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -71,7 +71,7 @@ def check(config: TrainConfig, run_file: Path, *, say: Callable[[str], None] = p
         tasks, eval_tasks = _load_all_tasks(config, base_dir)
         domains = sorted({task.domain for task in (*tasks, *eval_tasks)})
         _check_domains(config, domains)
-        rewards = {domain: load_rewards(config.rewards_of(domain), base_dir=base_dir) for domain in domains}
+        rewards = _load_rewards(config, domains, base_dir)
         model_path = ensure_model(config, run_file, say=say)
         hf_config = load_hf_config(model_path)
         _check_model(config, hf_config)
@@ -81,6 +81,17 @@ def check(config: TrainConfig, run_file: Path, *, say: Callable[[str], None] = p
     except (TaskError, RewardError, TokenizerError) as error:
         raise PreflightError(str(error)) from error
     return Preflight(tasks, eval_tasks, tokenizer, stops, rewards, model_path, hf_config, num_experts(hf_config) > 0)
+
+
+def with_endpoints(preflight: Preflight, served: TrainConfig, run_file: Path) -> Preflight:
+    """The same checks with the rewards of `served`, whose judges' endpoints are known by now."""
+    return replace(preflight, rewards=_load_rewards(served, sorted(preflight.rewards), run_file.parent))
+
+
+def _load_rewards(
+    config: TrainConfig, domains: Sequence[str], base_dir: Path
+) -> Mapping[str, tuple[LoadedReward, ...]]:
+    return {domain: load_rewards(config.rewards_of(domain), base_dir=base_dir) for domain in domains}
 
 
 def ensure_model(config: TrainConfig, run_file: Path, *, say: Callable[[str], None] = print) -> str:

@@ -80,7 +80,8 @@ class StepStats:
         cumulative = self.mismatch_bins.cumsum()
         if not cumulative[-1]:
             return float("nan")
-        return float(_EDGES[np.searchsorted(cumulative, percent / 100 * cumulative[-1])])
+        edge = float(_EDGES[np.searchsorted(cumulative, percent / 100 * cumulative[-1])])
+        return min(edge, self.maximum("mismatch"))
 
     def means(self, prefix: str) -> Mapping[str, float]:
         """The mean of every name, as `prefix + name`, for names that saw values."""

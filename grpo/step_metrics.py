@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,8 +13,14 @@ from grpo.cluster import SyncResult
 from grpo.learner import StepResult
 from grpo.sampling import DrawnGroup
 from grpo.stats import StepStats
+from rewards.types import ScoredGroup
 
-_LEARNER_MEANS = {"kl": "train/kl", "entropy": "train/entropy", "clipped": "train/clipped", "masked": "train/masked_sequences"}
+_LEARNER_MEANS = {
+    "kl": "train/kl",
+    "entropy": "train/entropy",
+    "clipped": "train/clipped",
+    "masked": "train/masked_sequences",
+}
 """Learner statistics that are reported as plain means, by domain too."""
 
 
@@ -26,6 +33,8 @@ def rollout_metrics(groups: Sequence[DrawnGroup], batch: AdvantageResult) -> dic
             part = [group for group in groups if group.scored.group.task.domain == domain]
             metrics |= _reward_metrics(part, f"/{domain}")
     tokens = sum(answer.num_tokens for group in groups for answer in group.scored.answers)
+    causes = sum((Counter(group.scored.failures) for group in groups), Counter[str]())
+    metrics |= {f"dropped/{cause.replace(': ', '/', 1)}": count for cause, count in causes.items()}
     return metrics | {
         "train/zero_signal_groups": batch.num_zero_signal,
         "train/dropped_samples": batch.num_dropped_samples,
@@ -44,10 +53,18 @@ def _reward_metrics(groups: Sequence[DrawnGroup], suffix: str) -> dict[str, floa
         f"train/response_length{suffix}": _mean(np.array([answer.num_tokens for answer in answers])),
         f"train/truncated_share{suffix}": _mean(np.array([answer.finish_reason == "length" for answer in answers])),
     }
+    if suffix:
+        metrics[f"train/dropped_samples{suffix}"] = sum(_num_dropped(group) for group in scored)
     for name in dict.fromkeys(name for s in scored for name in s.breakdown):
-        values = [s.breakdown[name][s.valid] for s in scored if name in s.breakdown]
-        metrics[f"reward/{name}{suffix}"] = _mean(np.concatenate(values))
+        values = np.concatenate([s.breakdown[name][s.valid] for s in scored if name in s.breakdown])
+        metrics[f"reward/{name}{suffix}"] = _mean(values[np.isfinite(values)])  # not every sample has every part
     return metrics
+
+
+def _num_dropped(scored: ScoredGroup) -> int:
+    """Samples without a reward or with a corrupt record, as `assign_advantages` counts them."""
+    sound = np.array([not completion.record_error for completion in scored.group.completions])
+    return int((~(scored.valid & sound)).sum())
 
 
 def learner_metrics(results: Sequence[StepResult]) -> dict[str, float]:
@@ -83,9 +100,13 @@ def learner_metrics(results: Sequence[StepResult]) -> dict[str, float]:
     return metrics
 
 
-def fresh_mismatch(metrics: Mapping[str, float], sync: SyncResult) -> dict[str, float]:
-    """`mismatch/mean_abs` of a step without fresh tokens (generation ran ahead of them all) is what the probe found."""
-    return {"mismatch/mean_abs": sync.parity_error} if math.isnan(metrics["mismatch/mean_abs"]) else {}
+def fresh_mismatch(metrics: Mapping[str, float], sync: SyncResult, *, is_probe_alike: bool) -> dict[str, float]:
+    """`mismatch/mean_abs` of a step without fresh tokens (generation ran ahead of them all) is what the probe found.
+
+    Unless the probe is not like the training samples: then the step has none.
+    """
+    is_missing = math.isnan(metrics["mismatch/mean_abs"])
+    return {"mismatch/mean_abs": sync.parity_error} if is_missing and is_probe_alike else {}
 
 
 def sync_metrics(sync: SyncResult, num_restarts: int) -> Mapping[str, float]:

@@ -27,10 +27,12 @@ from grpo.checkpoint import (
 )
 from grpo.cluster import SyncResult
 from grpo.config import TrainConfig
+from grpo.drops import check_drops
 from grpo.evaluate import evaluate
+from grpo.judge import owned_judges
 from grpo.metrics import MetricsLog
 from grpo.pipeline import GroupPipeline, PipelineState
-from grpo.preflight import Preflight, check, domain_weights
+from grpo.preflight import Preflight, check, domain_weights, with_endpoints
 from grpo.progress import Progress
 from grpo.run_folder import SampleLog, begin_run, rewind
 from grpo.sampling import DrawnGroup, GroupSampler
@@ -52,11 +54,14 @@ def train(
         ConfigError: the run cannot work; nothing was started.
         ParityError: an engine does not hold the learner's weights.
         ClusterError: something did not come in time; says who waited for whom.
+        JudgeServerError: a judge that the run starts itself did not come up.
+        DropRateError: rewards could not be had for too many samples of a step; says which and why.
     """
     preflight = check(config, run_file)
     run_dir = begin_run(config, run_file=run_file, resume=resume)
-    with Progress(config.run.name) as progress:
-        trainer = Trainer(config, preflight, run_dir, progress, worker_class=worker_class)
+    with owned_judges(config) as served, Progress(config.run.name) as progress:
+        preflight = with_endpoints(preflight, served, run_file)
+        trainer = Trainer(served, preflight, run_dir, progress, worker_class=worker_class)
         asyncio.run(trainer.run(resume=resume))
     return run_dir
 
@@ -104,6 +109,7 @@ class Trainer:
             if groups is None:
                 break
             taken = time.perf_counter()
+            check_drops([group.scored for group in groups], grpo.max_drop_rate)
             batch = assign_advantages([group.scored for group in groups], self._objective)
             updates = plan_updates(
                 batch.samples,
@@ -117,7 +123,7 @@ class Trainer:
             self.step += 1
             sync = await self.cluster.sync_weights()
             metrics = {**rollout_metrics(groups, batch), **learner_metrics(results)}
-            metrics |= fresh_mismatch(metrics, sync)
+            metrics |= fresh_mismatch(metrics, sync, is_probe_alike=self._probes_like_training())
             metrics |= self._times(groups, started, taken, trained, sync) | await self._evaluate_if_due()
             metrics["time/step_s"] = time.perf_counter() - started
             self._report(groups, metrics)
@@ -197,6 +203,10 @@ class Trainer:
             unbiased_kl=stability.unbiased_kl,
         )
 
+    def _probes_like_training(self) -> bool:
+        """Whether the probe samples and replays as training does; with biased truncation it cannot see the bias."""
+        return self.config.stability.keep_sampling_mask or not self.config.truncates
+
     def _times(
         self, groups: Sequence[DrawnGroup], started: float, taken: float, trained: float, sync: SyncResult
     ) -> dict[str, float]:
@@ -218,9 +228,7 @@ class Trainer:
         if not run.eval_every or (self.step % run.eval_every and self.step < run.steps):
             return {}
         started = time.perf_counter()
-        metrics = await evaluate(
-            self.sampler, self.preflight.eval_tasks, num_samples=run.eval_samples, seed=run.seed
-        )
+        metrics = await evaluate(self.sampler, self.preflight.eval_tasks, num_samples=run.eval_samples, seed=run.seed)
         return {**metrics, "time/eval_s": time.perf_counter() - started}
 
     def _report(self, groups: Sequence[DrawnGroup], metrics: dict[str, float]) -> None:

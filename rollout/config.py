@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 
 
 class SamplingConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
-    """How completions are drawn. Each field can be overridden per domain."""
+    """How completions are drawn. Every number can be overridden per domain."""
 
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits, in the engine and in the learner alike."""

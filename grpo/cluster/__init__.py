@@ -3,6 +3,7 @@
 - `actors`: the plain classes behind Ray, records kept apart from completions
 - `placement`: resources, all or nothing
 - `workers`: the rollout pool, replacement of dead workers
+- `rewards`: the reward pool
 - `waits`: names and limits for every wait
 """
 
@@ -22,12 +23,17 @@ from ray.exceptions import RayActorError
 from grpo.batch import Update
 from grpo.cluster.actors import LearnerActor
 from grpo.cluster.placement import claim_resources, start_ray
+from grpo.cluster.rewards import RemoteRewardWorker
 from grpo.cluster.waits import ClusterError, wait_for
 from grpo.cluster.workers import RolloutPool, Slot
 from grpo.config import TrainConfig
 from grpo.learner import LearnerSpec, StepResult
 from grpo.parity import ParityProbe
-from rollout.types import Completion, GenerateRequest
+from rewards.load import RewardSpec
+from rewards.outcome import Outcome
+from rewards.pool import RewardPool
+from rewards.types import Answer
+from rollout.types import Completion, GenerateRequest, Task
 from rollout.worker import RolloutWorker
 
 __all__ = ["Cluster", "ClusterError", "SyncResult"]
@@ -45,7 +51,7 @@ class SyncResult:
 
 
 class Cluster:
-    """The rollout workers and the learner group of one run."""
+    """The rollout workers, the reward workers and the learner group of one run."""
 
     def __init__(
         self,
@@ -56,6 +62,9 @@ class Cluster:
         worker_class: type[RolloutWorker] = RolloutWorker,
     ) -> None:
         self._config, self._limits, self._spec, self._probe = config, config.cluster, spec, probe
+        self._rewards: Sequence[RewardSpec] = ()
+        self._reward_workers: list[RemoteRewardWorker] = []
+        self._reward_start: asyncio.Task[RewardPool] | None = None
         self._worker_class = worker_class
         self._sync_lock = asyncio.Lock()
 
@@ -67,6 +76,8 @@ class Cluster:
         """
         start_ray(self._config)
         self._placement = await claim_resources(self._config)
+        if self._rewards:
+            self._starting_rewards()  # beside the engines; the first score waits for it
         config = self._config
         worker_kwargs = {
             "model_path": self._spec.model_path,
@@ -94,6 +105,8 @@ class Cluster:
 
     def shutdown(self) -> None:
         """Ends every actor and leaves Ray."""
+        for worker in self._reward_workers:
+            worker.kill()
         if hasattr(self, "pool"):
             self.pool.close()
         for rank in getattr(self, "_ranks", ()):
@@ -105,6 +118,27 @@ class Cluster:
     async def generate(self, request: GenerateRequest, what: str) -> tuple[Completion, ...]:
         """Draws a request on some worker; `what` names it in errors."""
         return await self.pool.generate(request, what)
+
+    def use_rewards(self, rewards: Sequence[RewardSpec]) -> None:
+        """Names everything that `run_reward` will be asked for."""
+        self._rewards = rewards
+
+    async def run_reward(self, spec: RewardSpec, task: Task, answers: Sequence[Answer]) -> Sequence[Outcome]:
+        """Calls a reward function on some reward worker; one outcome per answer. Starts the workers if nothing has."""
+        pool = await asyncio.shield(self._starting_rewards())
+        return await pool.run_reward(spec, task, answers)
+
+    def _starting_rewards(self) -> asyncio.Task[RewardPool]:
+        if self._reward_start is None:
+            self._reward_start = asyncio.create_task(self._start_rewards(), name="start the reward workers")
+        return self._reward_start
+
+    async def _start_rewards(self) -> RewardPool:
+        limits = self._limits
+        self._reward_workers = [RemoteRewardWorker(i, self._rewards, limits) for i in range(limits.reward_workers)]
+        pool = RewardPool(self._reward_workers)
+        await pool.start()
+        return pool
 
     async def train(self, updates: Sequence[Update], dump_to: Path | None = None) -> list[StepResult]:
         """One training step on all ranks; results in rank order."""
@@ -178,4 +212,10 @@ class Cluster:
         return list(await asyncio.gather(*waits))
 
     async def _wait_rank(self, number: int, call: Any, what: str, setting: str) -> Any:
-        return await wait_for(call, getattr(self._limits, setting), f"learner rank {number}", what, setting)
+        try:
+            return await wait_for(call, getattr(self._limits, setting), f"learner rank {number}", what, setting)
+        except RayActorError as error:
+            raise ClusterError(
+                f"learner rank {number} died while it had to {what} (out of memory is the usual reason; its last words "
+                "are in the Ray logs): continue from the last checkpoint with --resume"
+            ) from error
