@@ -28,7 +28,7 @@ from benchmarks.gpu_models import VOCAB_SIZE, make_model
 from benchmarks.machine import describe_machine
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
-from rollout.types import Completion, GenerateRequest
+from rollout.types import Completion, GenerateRequest, Replay
 
 NUM_SEQUENCES, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 256
 TOP_P = (0.5, 0.95)
@@ -52,7 +52,8 @@ def main() -> None:
         ratio = recorded["tokens_per_s"] / plain["tokens_per_s"]
         print(
             f"top_p {recorded['top_p']:.2f}  mean kept set {recorded['kept_mean']:8.1f}  "
-            f"none {plain['tokens_per_s']:9.0f} tokens/s  both {recorded['tokens_per_s']:9.0f} tokens/s  ratio {ratio:.3f}"
+            f"none {plain['tokens_per_s']:9.0f} tokens/s  "
+            f"both {recorded['tokens_per_s']:9.0f} tokens/s  ratio {ratio:.3f}"
         )
 
 
@@ -79,10 +80,17 @@ async def measure(model: str, record: bool) -> list[dict[str, float]]:
             drawn: list[Completion] = [completion for group in completions for completion in group]
             speeds.append(sum(c.num_tokens for c in drawn) / (time.perf_counter() - started))
             if record:
-                kept = float(np.mean([len(c.replay.kept.ids) / c.num_tokens for c in drawn]))
+                kept = float(np.mean([mean_kept(c) for c in drawn]))
         results.append({"top_p": top_p, "tokens_per_s": statistics.median(speeds[1:]), "kept_mean": kept})
     engine.shutdown()
     return results
+
+
+def mean_kept(completion: Completion) -> float:
+    """Kept ids per sampled token."""
+    replay: Replay = completion.replay
+    assert replay.kept is not None
+    return len(replay.kept.ids) / completion.num_tokens
 
 
 def request(index: int, repeat: int, top_p: float) -> GenerateRequest:
