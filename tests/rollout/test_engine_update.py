@@ -222,7 +222,7 @@ def test_read_only_buckets_load(worker: RolloutWorker, model: PreTrainedModel) -
     async def run() -> None:
         await worker.begin_weight_update()
         for bucket in pack_buckets(checkpoint(model), max_bytes=100_000):
-            frozen = bucket.buffer.copy()
+            frozen = np.array(bucket.buffer)
             frozen.flags.writeable = False
             await worker.load_weights(replace(bucket, buffer=frozen))
         await worker.finish_weight_update(50)
