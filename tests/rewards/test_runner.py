@@ -123,7 +123,8 @@ def test_a_killed_process_is_replaced_and_its_sample_is_the_one_it_was_on() -> N
         running = asyncio.create_task(pool.run_reward(spec, TASK, answers_of("patient")))
         await asyncio.sleep(0.15)
         for child in psutil.Process().children():
-            child.kill()
+            if "rewards.child" in " ".join(child.cmdline()):
+                child.kill()
         first = await running
         return [*first, *await pool.run_reward(spec, TASK, answers_of("ok"))]
 
