@@ -4,7 +4,7 @@ Consumes: group indices 0, 1, 2, ... in order. Produces: drawn groups in that sa
 generates and
 scores one group and is all this file knows of engines and rewards.
 
-Why the bound holds: a step takes at least P groups, first in first out, and after a step took its groups at most k P
+Why the bound holds: a step takes P groups or more, first in first out, and after a step took its groups at most k P
 are
 left in flight (P = groups per step, k = `max_off_policy_steps`). A group drawn at version v is therefore taken at
 most k
@@ -14,6 +14,7 @@ steps, that is k versions, later. With k = 0 nothing is in flight while training
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -51,15 +52,23 @@ class GroupPipeline(Generic[T]):
     def state(self) -> PipelineState:
         return PipelineState(self._next_index, (*(index for index, _ in self._in_flight), *self._redraw))
 
-    async def take(self, num_groups: int) -> Sequence[T]:
+    async def take(
+        self, num_groups: int, *, counts: Callable[[T], bool] | None = None, limit: int | None = None
+    ) -> Sequence[T]:
         """The next `num_groups` groups in order; afterwards the window is filled again for the steps ahead.
 
-        Cancelled or failed, it takes nothing: every group stays pending.
+        With `counts`, groups for which it is False come along uncounted, and more are drawn in their place until there
+        are `limit` groups in all. Cancelled or failed, it takes nothing: every group stays pending.
         """
-        self._fill(num_groups)
-        wanted = [task for _, task in list(self._in_flight)[:num_groups]]
-        groups = await asyncio.gather(*wanted)
-        for _ in wanted:
+        size = num_groups
+        while True:
+            self._fill(size)
+            groups = await asyncio.gather(*(task for _, task in itertools.islice(self._in_flight, size)))
+            missing = 0 if counts is None else num_groups - sum(map(counts, groups))
+            if missing <= 0 or limit is None or size >= limit:
+                break
+            size = min(limit, size + missing)
+        for _ in range(size):
             self._in_flight.popleft()
         self._fill(self._ahead)
         return groups

@@ -118,8 +118,11 @@ def ensure_model(config: TrainConfig, run_file: Path, *, say: Callable[[str], No
         build = load_function(config.model.recipe, base_dir=base_dir, field="model.recipe")
     except RewardError as error:
         raise PreflightError(str(error)) from error
+    from transformers.utils import logging as transformers_logging
+
     target = (base_dir / path).resolve()
     say(f"building the base model {target} with {config.model.recipe} (once)")
+    transformers_logging.disable_progress_bar()
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     build(partial)

@@ -158,11 +158,11 @@ def duration(seconds: float) -> str:
 
 
 def _shown(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Label and formatted value of the metrics that are there; a value that is not finite is shown as such."""
+    """Label and formatted value of the metrics that are there (NaN is not); an infinite one is shown as such."""
     return [
         (label, format(metrics[key], spec) if math.isfinite(metrics[key]) else "not finite")
         for label, key, spec in SHOWN
-        if key in metrics
+        if key in metrics and not math.isnan(metrics[key])
     ]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grpo.advantage import AdvantageResult, Objective, assign_advantages
+from grpo.advantage import Objective, assign_advantages
 from grpo.assembly import make_cluster
 from grpo.batch import plan_updates
 from grpo.checkpoint import (
@@ -181,16 +181,13 @@ class Trainer:
     async def _next_groups(self) -> Sequence[DrawnGroup]:
         """The step's groups; with `refill_zero_signal`, more of them until enough carry a signal."""
         grpo = self.config.grpo
-        groups = list(await self.pipeline.take(grpo.prompts_per_step))
-        if grpo.refill_zero_signal:
-            limit = grpo.prompts_per_step * (1 + grpo.max_refills)
-            while (missing := grpo.prompts_per_step - self._num_with_signal(groups)) and len(groups) < limit:
-                groups += await self.pipeline.take(min(missing, limit - len(groups)))
-        return groups
+        if not grpo.refill_zero_signal:
+            return await self.pipeline.take(grpo.prompts_per_step)
+        limit = grpo.prompts_per_step * (1 + grpo.max_refills)
+        return await self.pipeline.take(grpo.prompts_per_step, counts=self._has_signal, limit=limit)
 
-    def _num_with_signal(self, groups: Sequence[DrawnGroup]) -> int:
-        result: AdvantageResult = assign_advantages([group.scored for group in groups], self._objective)
-        return len(groups) - result.num_zero_signal
+    def _has_signal(self, group: DrawnGroup) -> bool:
+        return bool(assign_advantages([group.scored], self._objective).samples)
 
     def _objective(self, domain: str) -> Objective:
         stability = self.config.stability_of(domain)

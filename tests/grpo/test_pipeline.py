@@ -84,6 +84,33 @@ def test_a_cancelled_take_leaves_every_group_pending():
     assert asyncio.run(run()) == PipelineState(9, (3, 8))
 
 
+def test_uncounted_groups_come_along_and_others_are_drawn_in_their_place():
+    async def run(limit: int):
+        engine = SimulatedEngine()
+        pipeline = GroupPipeline(engine.draw, groups_per_step=4, max_off_policy_steps=0, state=PipelineState(0))
+        groups = await pipeline.take(4, counts=lambda group: group[0] % 3 == 0, limit=limit)
+        await pipeline.close()
+        return [index for index, _ in groups], pipeline.state
+
+    assert asyncio.run(run(100)) == (list(range(10)), PipelineState(10)), "0, 3, 6 and 9 count"
+    assert asyncio.run(run(6)) == (list(range(6)), PipelineState(6))
+
+
+def test_a_take_cancelled_while_it_refills_leaves_every_group_pending():
+    async def run():
+        async def draw(index: int) -> int:
+            await asyncio.sleep(0 if index < 2 else 3600)
+            return index
+
+        pipeline = GroupPipeline(draw, groups_per_step=2, max_off_policy_steps=0, state=PipelineState(0))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(pipeline.take(2, counts=lambda index: index > 0, limit=4), 0.05)
+        await pipeline.close()
+        return pipeline.state
+
+    assert asyncio.run(run()) == PipelineState(3, (0, 1, 2))
+
+
 def test_a_failed_drawing_fails_the_take():
     async def run():
         async def draw(index: int) -> int:
