@@ -27,6 +27,8 @@ COLLAPSED_ENTROPY = 0.1
 RATIO_SLACK = 0.05
 """The mean ratio of a sound run is 1 up to sampling noise."""
 
+MUST_BE_FINITE = ("train/reward", "train/loss", "train/grad_norm", "train/kl", "train/ratio_mean", "train/ratio_max")
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -91,7 +93,9 @@ def _accuracy(rows: Rows, config: Mapping[str, Any]) -> Verdict | None:
 
 
 def _not_finite(rows: Rows, config: Mapping[str, Any]) -> Verdict | None:
-    found = [(row["step"], key) for row in rows for key, value in row.items() if value is None]
+    """Nulls among what every step that trained on something must have; other quantities may have no token."""
+    trained = [row for row in rows if row.get("train/num_samples", 1) > 0]
+    found = [(row["step"], key) for row in trained for key in MUST_BE_FINITE if key in row and row[key] is None]
     if not found:
         return None
     step, key = found[0]
