@@ -127,21 +127,22 @@ def _build_root(spec: dict[str, Any], user: int | None) -> None:
     root = spec["root"]
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     kernel.mount("tmpfs", root, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,mode=755")
-    for path in spec["readable"]:
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV
+    os.mkdir(root + "/tmp")
+    kernel.mount("tmpfs", root + "/tmp", "tmpfs", flags, f"size={spec['disk_bytes']},nr_inodes=8192,mode=700")
+    for path in spec["readable"]:  # some of it may lie below /tmp
         _show(path, root)
     for path in _DEVICES:
         os.makedirs(root + "/dev", exist_ok=True)
         _write(root + path, "")
         kernel.mount(path, root + path, "", kernel.MS_BIND)
     os.symlink("/proc/self/fd", root + "/dev/fd")
-    for folder in ("/proc", "/tmp", "/dev/shm"):
+    for folder in ("/proc", "/dev/shm"):
         os.mkdir(root + folder)
     # Before the old root goes: without privileges, /proc may be mounted only where one is in view already.
     kernel.mount("proc", root + "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     kernel.pivot_root(root)
-    flags = kernel.MS_NOSUID | kernel.MS_NODEV
     kernel.mount("tmpfs", "/dev/shm", "tmpfs", flags | kernel.MS_NOEXEC, "size=16m,nr_inodes=256,mode=1777")
-    kernel.mount("tmpfs", "/tmp", "tmpfs", flags, f"size={spec['disk_bytes']},nr_inodes=8192,mode=700")
     if user is not None:
         os.chown("/tmp", user, user)
     _write_files("/tmp", spec["files"], user)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from rewards.sandbox import run as sandbox
 from rewards.sandbox.run import PACKAGE_ROOT, PYTHON, Cause, Command, Isolation, Limits
-from tests.rewards.jailed import CLOSED, WORKING, assert_none_left, processes_with, python
+from tests.rewards.jailed import CLOSED, REACHABLE, WORKING, assert_none_left, processes_with, python
 
 
 @pytest.fixture(params=WORKING)
@@ -55,6 +56,27 @@ def test_files_are_shared_by_commands_and_gone_afterwards(isolation: Isolation) 
     assert second.stdout == b"xyxy\n"
     folder = first.stdout.decode().strip()
     assert folder == "/tmp" or not Path(folder).exists()
+
+
+def test_what_is_readable_may_lie_below_the_programs_own_tmp(closed: Isolation) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        for name in ("shown", "hidden"):
+            (Path(folder) / name).write_text(name)
+        os.chmod(folder, 0o755)
+        program = f"""
+import os
+print(open({folder + "/shown"!r}).read())
+try:
+    print(open({folder + "/hidden"!r}).read())
+except OSError as error:
+    print(type(error).__name__)
+open("own", "w").write("x")
+print(os.path.exists("own"))
+"""
+        command = Command((REACHABLE, "-I", "-S", "-c", program))
+        (outcome,) = sandbox.run({}, [command], readable=[f"{folder}/shown"], isolation=closed)
+    assert outcome.stdout.split()[0] == b"shown" and outcome.stdout.split()[1] != b"hidden", outcome
+    assert outcome.stdout.split()[2] == b"True"
 
 
 def test_a_failed_command_stops_the_rest(isolation: Isolation) -> None:
