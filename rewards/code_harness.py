@@ -29,7 +29,8 @@ _MODULE = "solution"
 
 
 def serve(pipe: Pipe, path: str) -> None:
-    """Runs the program at `path` as a module, tells the names it defines, then answers requests to the end."""
+    """Says that it is there, runs the program at `path` as a module, tells the names it defines, answers requests."""
+    pipe.send("ready")
     module = types.ModuleType(_MODULE)
     sys.modules[_MODULE] = module
     objects: list[Any] = []

@@ -34,6 +34,8 @@ import math
 import os
 import re
 import secrets
+import select
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -66,6 +68,8 @@ _COMPILE = Limits(
     seconds=30.0, memory_bytes=2 << 30, processes=64, open_files=256, file_bytes=128 << 20, limit_address_space=False
 )
 _UNIT_TESTS_FACTOR = 10
+_START_SECONDS = 20.0
+"""For a jail and its interpreter to start on a busy machine."""
 _LAUNCH = "import sys; sys.path.append(sys.argv[1]); from rewards.code_harness import main; main(*sys.argv[2:])"
 _PYTHON = (PYTHON, "-I", "-S", "-E", "-B", "-X", "utf8", "-c", _LAUNCH, PACKAGE_ROOT)
 
@@ -234,6 +238,22 @@ class _Candidate:
             os.close(requests)
             os.close(answers)
         self._jail.start()
+        self._await_harness()
+
+    def _await_harness(self) -> None:
+        """The harness says that it is there before it loads the program: what fails earlier is not the program's fault.
+
+        Raises:
+            SandboxError: it does not say so in time.
+        """
+        said, deadline = b"", time.monotonic() + _START_SECONDS
+        while not said.endswith(b"\n"):
+            ready = select.select([self.reads], [], [], max(0.0, deadline - time.monotonic()))[0]
+            data = os.read(self.reads, 1) if ready else b""  # not a byte of what the client will read
+            if not data:
+                self.close()
+                raise SandboxError(f"code_tests: the sandbox did not bring up its harness within {_START_SECONDS:g} s")
+            said += data
 
     def close(self) -> None:
         self.release()

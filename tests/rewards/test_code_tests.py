@@ -91,6 +91,15 @@ def test_program_that_does_not_compile() -> None:
     assert grade("int main() { return x; }", {**SUM_CASES, "language": "c"}) == 0.0
 
 
+@pytest.mark.parametrize(
+    "tests", [[{"call": "f", "returns": 1}], {"unit_tests": "assert f() == 1"}], ids=["calls", "unit tests"]
+)
+def test_a_harness_that_does_not_start_is_not_the_programs_fault(tests: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewards.code_tests._harness_files", lambda: ())
+    with pytest.raises(SandboxError, match="did not bring up its harness"):
+        grade("def f(): return 1", tests)
+
+
 def test_calls() -> None:
     program = """
     class Solution:
