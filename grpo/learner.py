@@ -144,12 +144,12 @@ class Learner:
 
         Rank 0 yields, the others take part. `on_device` keeps the bytes on the GPU, for an engine on the same one.
         """
-        tensors = checkpoint_tensors(self.policy, getattr(torch, self.spec.engine_dtype))
+        pack = pack_device_buckets if on_device else pack_buckets
+        tensors = self._gathered_weights()
         if self.rank == 0:
-            yield from (pack_device_buckets if on_device else pack_buckets)(tensors, max_bytes=max_bytes)
-        else:
-            for _ in tensors:
-                pass
+            yield from pack(tensors, max_bytes=max_bytes)
+        for _ in tensors:  # the other ranks take part in gathering
+            pass
 
     def save(self, folder: Path) -> None:
         """Writes weights, optimizer, counters and random state; see `grpo.checkpoint` for what makes a checkpoint
@@ -163,12 +163,15 @@ class Learner:
 
     def export(self, folder: Path) -> None:
         """Writes the policy as a Hugging Face model folder in the engines' dtype, with the base model's tokenizer."""
-        tensors = checkpoint_tensors(self.policy, getattr(torch, self.spec.engine_dtype))
+        tensors = self._gathered_weights()
         if self.rank == 0:
             export_model(folder, tensors, self.policy.module, self.spec.model_path)
-        else:
-            for _ in tensors:
-                pass
+        for _ in tensors:  # the other ranks take part in gathering
+            pass
+
+    def _gathered_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Checkpoint tensors in the engines' type; a collective that every rank must run to its end."""
+        return checkpoint_tensors(self.policy, getattr(torch, self.spec.engine_dtype))
 
     def _counters(self) -> dict[str, int]:
         return {"policy_version": self.policy_version, "num_updates": self.num_updates}
@@ -226,7 +229,7 @@ class Learner:
         if self.policy.routing is not None:
             same, replayed = (int(n) for n in self.policy.routing.agreement().sum(0))
             if replayed:
-                stats.moments["route_agreement"] = Moments(replayed, float(same), float(same), 1.0)
+                stats.moments["route_agreement"] = Moments(replayed, float(same), 1.0)
 
     def _record(
         self, stats: StepStats, batch: TrainBatch, scored: TokenLogprobs, output: LossOutput, is_fresh: bool

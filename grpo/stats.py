@@ -5,7 +5,7 @@ A rank returns its `StepStats`; the driver merges them. Nothing here is a collec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,23 +16,21 @@ _EDGES = np.concatenate([[0.0], np.logspace(-9, 2, 441)])
 
 @dataclass(slots=True)
 class Moments:
-    """Count, sum, sum of squares and maximum of one quantity."""
+    """Count, sum and maximum of one quantity."""
 
     count: int = 0
     total: float = 0.0
-    squares: float = 0.0
     maximum: float = float("-inf")
 
     def add(self, values: np.ndarray) -> None:
         """Takes in a 1-D array."""
         if len(values):
             values = values.astype(np.float64)
-            self.merge(Moments(len(values), float(values.sum()), float((values**2).sum()), float(values.max())))
+            self.merge(Moments(len(values), float(values.sum()), float(values.max())))
 
     def merge(self, other: Moments) -> None:
         self.count += other.count
         self.total += other.total
-        self.squares += other.squares
         self.maximum = max(self.maximum, other.maximum)
 
     @property
@@ -82,7 +80,3 @@ class StepStats:
             return float("nan")
         edge = float(_EDGES[np.searchsorted(cumulative, percent / 100 * cumulative[-1])])
         return min(edge, self.maximum("mismatch"))
-
-    def means(self, prefix: str) -> Mapping[str, float]:
-        """The mean of every name, as `prefix + name`, for names that saw values."""
-        return {prefix + name: moments.mean for name, moments in self.moments.items() if moments.count}

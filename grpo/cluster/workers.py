@@ -117,10 +117,6 @@ class RolloutPool:
         slot.ready.clear()
         self._replacements[slot] = asyncio.create_task(self._put_new_worker(slot), name=f"replace {slot.name}")
 
-    async def pids(self) -> list[int]:
-        """Process ids by worker number."""
-        return list(await asyncio.gather(*(self._wait_up(slot) for slot in self.slots)))
-
     def close(self) -> None:
         """Ends every worker."""
         for task in self._replacements.values():
