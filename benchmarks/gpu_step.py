@@ -4,8 +4,7 @@
     python -m benchmarks.gpu_step --model moe-1.1b --ahead 1
 
 A random model of real widths, 32 prompts x 8 samples, 128 prompt + 512 completion tokens, top_p 0.95: the same step
-that
-TRL 1.16 with colocated vLLM was measured on (16.2 s on one H200). Prints the median of the steps after the warm-up.
+that TRL 1.16 with colocated vLLM was measured on (16.2 s on one H200). Prints the median of the steps after the warm-up.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ ROWS = (
     "time/score_s",
     "time/train_s",
     "time/sync_s",
+    "sync/gib_per_s",
     "time/probe_s",
     "rollout/tokens",
     "rollout/tokens_per_s",
@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--ahead", type=int, default=0, help="max_off_policy_steps")
+    parser.add_argument("--sleep", action="store_true", help="the engine gives its memory back while training")
+    parser.add_argument("--memory-fraction", type=float, default=0.4, help="the engine's share of the GPU")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs in the engine")
     parser.add_argument("--microbatch", type=int, default=32768, help="packed tokens per forward")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
@@ -69,6 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = run(arguments, Path(folder))
     print(f"gpu       {torch.cuda.get_device_name()}\n{describe_machine()}")
+    print(f"{'copy bandwidth, GiB/s':26} {copy_bandwidth():12.5g}")
     for key in ROWS:
         values = [row[key] for row in rows[1 + NUM_WARM_UP :] if row.get(key) is not None]
         if values:
@@ -86,6 +89,21 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     run_dir = train(load_config(run_file), run_file=run_file)
     print(f"whole run {time.perf_counter() - started:.1f} s")
     return read_metrics(run_dir)
+
+
+def copy_bandwidth() -> float:
+    """GiB per second that a copy within the GPU's memory moves; each byte is read once and written once."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return 1 / statistics.median(times)
 
 
 def tables(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -106,7 +124,11 @@ def tables(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
             "gradient_checkpointing": arguments.checkpointing,
             "max_tokens_per_microbatch": max(arguments.microbatch, length),
         },
-        "rollout": {"gpu_memory_fraction": 0.4, "enforce_eager": arguments.eager},
+        "rollout": {
+            "gpu_memory_fraction": arguments.memory_fraction,
+            "enforce_eager": arguments.eager,
+            "sleep_while_training": arguments.sleep,
+        },
         "cluster": {"layout": "colocated"},
         "rewards": [{"fn": "./reward.py:parity"}],
     }

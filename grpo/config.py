@@ -213,6 +213,17 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
                 f"{workers}, learner.ranks = {ranks}, rollout.tensor_parallel_size = {parallel}: make the first two "
                 "equal and the last one 1, or choose cluster.layout = disaggregated"
             )
+        if self.rollout.sleep_while_training and self.cluster.layout != "colocated":
+            raise ValueError(
+                "rollout.sleep_while_training gives an engine's GPU memory to the learner on the same GPU: set "
+                "cluster.layout = colocated, or leave it off"
+            )
+        if self.rollout.sleep_while_training and self.grpo.max_off_policy_steps > 0:
+            raise ValueError(
+                "rollout.sleep_while_training stops generation while the learner trains, but "
+                f"grpo.max_off_policy_steps = {self.grpo.max_off_policy_steps} asks for both at once: set one of them "
+                "to its default"
+            )
         return self
 
     def sampling_of(self, domain: str) -> SamplingConfig:

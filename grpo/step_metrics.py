@@ -113,6 +113,7 @@ def sync_metrics(sync: SyncResult, num_restarts: int) -> Mapping[str, float]:
     """The weight sync, its probe, and how often a worker was lost so far."""
     return {
         "parity/max_mean_abs": sync.parity_error,
+        "sync/gib_per_s": sync.num_bytes / sync.sync_s / 2**30,
         "time/sync_s": sync.sync_s,
         "time/probe_s": sync.probe_s,
         "rollout/worker_restarts": num_restarts,

@@ -58,6 +58,8 @@ class RolloutConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     """KV cache per engine; on a GPU the default is what `gpu_memory_fraction` leaves, on CPU 0.25."""
     gpu_memory_fraction: float = Field(default=0.85, gt=0, le=1)
     """Share of a GPU an engine may take."""
+    sleep_while_training: bool = False
+    """Give an engine's GPU memory to the learner while it trains (`cluster.layout = "colocated"` only)."""
     enforce_eager: bool = False
     """Skip CUDA graphs (always on for the CPU build)."""
     cpu_threads: int = Field(default=1, ge=1)

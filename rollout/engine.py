@@ -30,7 +30,7 @@ from rollout.vllm_plugin.record import (
     sampling_params,
 )
 from rollout.vllm_plugin.start import start_llm_engine
-from rollout.vllm_plugin.update import begin_update, finish_update, load_bucket
+from rollout.vllm_plugin.update import begin_update, fall_asleep, finish_update, load_bucket
 
 if TYPE_CHECKING:  # it imports torch
     from rollout.weight_sync import WeightBucket
@@ -88,6 +88,7 @@ class Engine:
         self._max_model_len = max_model_len
         self._record_kept = record_kept
         self._has_routes = record_routing
+        self._can_sleep = config.sleep_while_training
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequences: dict[str, _Sequence] = {}
         self._ids = itertools.count()
@@ -132,6 +133,13 @@ class Engine:
     async def abort(self) -> None:
         """Ends every sequence now: the pending calls return what was drawn so far, finish reason `ABORT`."""
         await self._ask(self._abort_all)
+
+    async def sleep(self) -> None:
+        """Gives the GPU memory of weights and KV cache back until the next complete weight update; requests wait.
+
+        Raises EngineError without `RolloutConfig.sleep_while_training`.
+        """
+        await self._ask(self._sleep)
 
     async def begin_weight_update(self) -> None:
         """Holds the engine between two steps; requests stay, new ones queue. An unfinished update is dropped first."""
@@ -300,6 +308,13 @@ class Engine:
             output = sequence.state.make_request_output([], None, VllmFinishReason.ABORT, None)
             self._llm.abort_request([sequence_id])
             self._finish_sequence(output)
+
+    def _sleep(self) -> None:
+        if not self._can_sleep:
+            raise EngineError("this engine was started without rollout.sleep_while_training and cannot sleep")
+        self._updating = True
+        with self._refusing("is needed: falling asleep failed"):
+            fall_asleep(self._llm, self._step)
 
     def _begin_update(self) -> None:
         self._updating = True

@@ -46,6 +46,10 @@ class RolloutWorker:
         """One completion per seed of the request, in the order of its seeds."""
         return await self._engine.generate(request)
 
+    async def sleep(self) -> None:
+        """Gives the engine's GPU memory back until the next weight update has been finished."""
+        await self._engine.sleep()
+
     async def begin_weight_update(self) -> None:
         """Holds the engine between two steps; running requests stay where they are."""
         await self._engine.begin_weight_update()

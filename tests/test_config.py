@@ -91,6 +91,9 @@ def test_resolved_config_survives_json(run_file: Path) -> None:
     assert TrainConfig.model_validate_json(config.model_dump_json()) == config
 
 
+SLEEPING_ENGINE = ("cluster.layout=colocated", "rollout.sleep_while_training=true")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -103,6 +106,12 @@ def test_resolved_config_survives_json(run_file: Path) -> None:
         (("learner.max_tokens_per_microbatch=100",), r"cannot hold the longest sequence: .*= 1280"),
         (("sampling.top_p=0.9", "stability.keep_sampling_mask=false"), r"turn keep_sampling_mask on"),
         (("domains.m.top_k=5", "stability.keep_sampling_mask=false"), r"allow_biased_truncation"),
+        (("cluster.layout=colocated", "rollout.workers=2"), r"make the first two equal"),
+        (("rollout.sleep_while_training=true",), r"set cluster\.layout = colocated"),
+        (
+            (*SLEEPING_ENGINE, "grpo.max_off_policy_steps=1"),
+            r"grpo\.max_off_policy_steps = 1 asks for both at once",
+        ),
         (("lr=1",), r"override 'lr=1': write it as table\.key=value"),
         (("learner.lr",), r"write it as table\.key=value"),
         (("run.name.x=1",), r"'name' is not a table"),
@@ -117,6 +126,10 @@ def test_mistakes_are_named_with_a_remedy(run_file: Path, overrides: tuple[str, 
 def test_truncation_is_allowed_when_asked_for(run_file: Path) -> None:
     told = ("sampling.top_p=0.9", "stability.keep_sampling_mask=false", "stability.allow_biased_truncation=true")
     assert load_config(run_file, told).truncates
+
+
+def test_engines_may_sleep_beside_a_synchronous_learner(run_file: Path) -> None:
+    assert load_config(run_file, SLEEPING_ENGINE).rollout.sleep_while_training
 
 
 def test_all_mistakes_are_told_at_once(run_file: Path) -> None:

@@ -46,6 +46,8 @@ class SyncResult:
     policy_version: int
     parity_error: float
     """Worst mean |log pi_learner - log pi_engine| of the probe over the engines, in nats."""
+    num_bytes: int
+    """Size of the weights that each engine received."""
     sync_s: float
     probe_s: float
 
@@ -102,6 +104,7 @@ class Cluster:
             for i, rank in enumerate(self._ranks)
         ]
         await asyncio.gather(self.pool.wait_until_up(), *builds)
+        self._weight_bytes = await self._wait_rank(0, self._ranks[0].weight_bytes.remote(), "answer", "start_timeout_s")
 
     def shutdown(self) -> None:
         """Ends every actor and leaves Ray."""
@@ -141,7 +144,9 @@ class Cluster:
         return pool
 
     async def train(self, updates: Sequence[Update], dump_to: Path | None = None) -> list[StepResult]:
-        """One training step on all ranks; results in rank order."""
+        """One training step on all ranks; results in rank order. Engines that sleep meanwhile wake in the next sync."""
+        if self._config.rollout.sleep_while_training:
+            await self.pool.on_each(self.pool.ready_slots, lambda actor: actor.sleep.remote(), "fall asleep")
         parts = [[update.ranks[i] for update in updates] for i in range(len(self._ranks))]
         calls = [rank.train.remote(part, dump_to) for rank, part in zip(self._ranks, parts, strict=True)]
         return await self._wait_ranks(calls, "train on the step's batch")
@@ -175,6 +180,9 @@ class Cluster:
         started = time.perf_counter()
         pool = self.pool
         version = await self._wait_rank(0, self._ranks[0].policy_version.remote(), "answer", "train_timeout_s")
+        if self._config.rollout.sleep_while_training:
+            calls = [rank.release_cached_memory.remote() for rank in self._ranks]
+            await self._wait_ranks(calls, "release memory")
         alive = await pool.on_each(slots, lambda actor: actor.begin_weight_update.remote(), "pause for a weight sync")
         async for bucket in self._weight_stream():
             alive = await pool.on_each(alive, lambda actor, b=bucket: actor.load_weights.remote(b), "load new weights")
@@ -183,7 +191,13 @@ class Cluster:
         )
         synced = time.perf_counter()
         errors = [await self._probe_slot(slot, version) for slot in alive]
-        return SyncResult(version, max(errors, default=0.0), synced - started, time.perf_counter() - synced)
+        return SyncResult(
+            version,
+            parity_error=max(errors, default=0.0),
+            num_bytes=self._weight_bytes,
+            sync_s=synced - started,
+            probe_s=time.perf_counter() - synced,
+        )
 
     async def _weight_stream(self) -> AsyncIterator[Any]:
         """References to the weight buckets of rank 0; every rank takes part in gathering them."""

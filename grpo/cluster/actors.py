@@ -55,6 +55,9 @@ class RolloutActor:
         light = tuple(replace(c, replay=None, record_error=c.find_record_error(num_prompt)) for c in completions)
         return light, tuple(c.replay for c in completions)
 
+    async def sleep(self) -> None:
+        await self._worker.sleep()
+
     async def begin_weight_update(self) -> None:
         await self._worker.begin_weight_update()
 
@@ -94,6 +97,15 @@ class LearnerActor:
     def score(self, samples: Sequence[TrainSample]) -> np.ndarray:
         (microbatch,) = fetch_records([MicroBatch(tuple(samples), (0.0,) * len(samples))])
         return self._learner.score([pack(microbatch)])
+
+    def release_cached_memory(self) -> None:
+        """Gives what the last step's activations took back to the GPU, for an engine that wakes up on it."""
+        torch.cuda.empty_cache()
+
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters as a weight sync sends them."""
+        itemsize = getattr(torch, self._learner.spec.engine_dtype).itemsize
+        return sum(p.numel() for p in self._learner.policy.module.parameters()) * itemsize
 
     def policy_version(self) -> int:
         return self._learner.policy_version

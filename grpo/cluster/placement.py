@@ -102,6 +102,10 @@ async def claim_resources(config: TrainConfig) -> Placement:
         bundles = [{"CPU": worker_bundle["CPU"] + rank_bundle["CPU"], "GPU": 1.0}] * learner.ranks
     else:
         bundles = [worker_bundle] * rollout.workers + [rank_bundle] * learner.ranks
+    if rollout.sleep_while_training and not has_gpus:
+        raise ClusterError(
+            "rollout.sleep_while_training needs a GPU and the Ray cluster has none: leave it off on this machine"
+        )
     group = placement_group([{k: v for k, v in bundle.items() if v > 0} for bundle in bundles], strategy="PACK")
     who = f"the Ray cluster (it has {_describe(ray.cluster_resources())})"
     wanted = ", ".join(_describe(bundle) for bundle in bundles)

@@ -45,7 +45,11 @@ def start_llm_engine(
         set_num_threads(config.cpu_threads)
         arguments |= _cpu_arguments(config, latent_attention=model.is_deepseek_mla)
     else:
-        arguments |= {"gpu_memory_utilization": config.gpu_memory_fraction, "enforce_eager": config.enforce_eager}
+        arguments |= {
+            "gpu_memory_utilization": config.gpu_memory_fraction,
+            "enforce_eager": config.enforce_eager,
+            "enable_sleep_mode": config.sleep_while_training,
+        }
         if config.kv_cache_gib is not None:
             arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))

@@ -103,6 +103,12 @@ def test_fused_expert_names_load_too(worker: RolloutWorker, model: PreTrainedMod
     assert error_of(model, make_request(2), generate(worker, make_request(2))) < 2e-5
 
 
+def test_an_engine_sleeps_only_if_it_was_started_to(worker: RolloutWorker) -> None:
+    with pytest.raises(EngineError, match=r"rollout\.sleep_while_training"):
+        asyncio.run(worker.sleep())
+    assert generate(worker, make_request(3)).num_tokens == 30
+
+
 def test_running_requests_go_on_under_the_new_weights(
     worker: RolloutWorker, model: PreTrainedModel, folder: Path
 ) -> None:

@@ -1,0 +1,56 @@
+"""A sleeping engine gives its GPU memory back, and after an update answers as before."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytest.importorskip("vllm")
+
+from rollout.config import RolloutConfig  # noqa: E402
+from rollout.types import Completion, GenerateRequest  # noqa: E402
+from rollout.weight_sync import pack_device_buckets  # noqa: E402
+from rollout.worker import RolloutWorker  # noqa: E402
+from tests.tiny_models import make_qwen3_moe  # noqa: E402
+
+KV_CACHE_GIB = 2.0
+
+
+def test_sleep_frees_the_memory_and_an_update_brings_the_engine_back(tmp_path: Path) -> None:
+    folder = make_qwen3_moe(tmp_path, dtype=torch.bfloat16)
+    config = RolloutConfig(
+        enforce_eager=True, sleep_while_training=True, kv_cache_gib=KV_CACHE_GIB, gpu_memory_fraction=0.3
+    )
+    worker = RolloutWorker(str(folder), config, max_model_len=256, record_kept=True, record_routing=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda")
+    requests = [GenerateRequest(np.arange(3, 40, dtype=np.int32), (seed,), 1.0, 0.9, 0, 50, ()) for seed in range(4)]
+
+    async def run() -> tuple[list[Completion], list[Completion], int]:
+        before = [(await worker.generate(request))[0] for request in requests]
+        free = torch.cuda.mem_get_info()[0]
+        await worker.sleep()
+        freed = torch.cuda.mem_get_info()[0] - free
+        late = [asyncio.ensure_future(worker.generate(request)) for request in requests]
+        await asyncio.sleep(0.2)
+        assert not any(call.done() for call in late)
+        await worker.begin_weight_update()
+        for bucket in pack_device_buckets(model.state_dict().items(), max_bytes=1 << 20):
+            await worker.load_weights(bucket)
+        await worker.finish_weight_update(1)
+        return before, [(await call)[0] for call in late], freed
+
+    try:
+        before, after, freed = asyncio.run(run())
+    finally:
+        asyncio.run(worker.shutdown())
+    assert freed > 0.9 * KV_CACHE_GIB * 2**30
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old.token_ids, new.token_ids)
+        np.testing.assert_allclose(old.behavior_logprobs, new.behavior_logprobs, atol=0.05)
+        assert (new.policy_versions == 1).all()
