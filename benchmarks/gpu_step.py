@@ -4,7 +4,8 @@
     python -m benchmarks.gpu_step --model moe-1.1b --ahead 1
 
 A random model of real widths, 32 prompts x 8 samples, 128 prompt + 512 completion tokens, top_p 0.95: the same step
-that TRL 1.16 with colocated vLLM was measured on (16.2 s on one H200). Prints the median of the steps after the warm-up.
+that TRL 1.16 with colocated vLLM was measured on (16.2 s on one H200). Prints the
+median of the steps after the warm-up.
 """
 
 from __future__ import annotations

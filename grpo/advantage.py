@@ -1,8 +1,7 @@
 """Scored groups in, training samples out: the group-mean baseline of GRPO without division by the deviation.
 
 Knows nothing of models or packing. A sample whose reward could not be computed, or whose record is corrupt, has been
-taken
-out of its group before (`ScoredGroup.valid`); groups without signal are returned as dropped, never trained on.
+taken out of its group before (`ScoredGroup.valid`); groups without signal are returned as dropped, never trained on.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class Segment:
     """One token-exact stretch of context and sampled tokens, seen by the model from position 0.
 
     Example, prompt [5, 6] and sampled [7, 1]: `token_ids = [5, 6, 7, 1]`, `loss_mask = [F, F, T, T]`. A tool's output
-    is
-    context too: it may stand between sampled tokens with `loss_mask` False.
+    is context too: it may stand between sampled tokens with `loss_mask` False.
     """
 
     token_ids: np.ndarray  # int32 [T]

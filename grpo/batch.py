@@ -1,10 +1,8 @@
 """Training samples in, packed micro-batches out.
 
 One micro-batch is one row of sequences laid end to end, without padding: attention never crosses a sequence boundary
-and
-log-probabilities are computed only where a token was sampled. A sample is never split. Loss weights are fixed here
-over the
-whole update, so any packing and any number of ranks gives the same gradient.
+and log-probabilities are computed only where a token was sampled. A sample is never split. Loss weights are fixed here
+over the whole update, so any packing and any number of ranks gives the same gradient.
 
 Shapes: T = packed tokens, S = segments, B = samples, N = sampled tokens, L = decoder layers, K = experts per token.
 """
@@ -104,8 +102,8 @@ def plan_updates(
     """Splits a step's samples into optimizer steps of whole groups, and each of those into balanced micro-batches.
 
     The weight of a sampled token is 1 / (number of sequences x |o_i|) for `sequence`, 1 / (number of tokens) for
-    `token`,
-    counted over the whole update: the sum over all ranks and micro-batches is then the mean the objective asks for.
+    `token`, counted over the whole update: the sum over all ranks and micro-batches is then the mean the objective asks
+    for.
     """
     groups: dict[int, list[TrainSample]] = {}
     for sample in samples:
@@ -218,8 +216,7 @@ def _pack_kept(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _pack_routes(segments: Sequence[Segment]) -> Tensor | None:
-    """Recorded routes of every packed token, int16 [T, L, K]; -1 where there is no record (each last token, at
-    least)."""
+    """Recorded routes of every packed token, int16 [T, L, K]; -1 without a record (each last token, at least)."""
     replays: list[Replay] = [segment.replay for segment in segments]
     shapes = {replay.routed_experts.shape[1:] for replay in replays if replay.routed_experts is not None}
     if not shapes:

@@ -1,10 +1,8 @@
 """Training state on disk, complete or not there at all.
 
 A checkpoint is a folder `checkpoints/step-000040/` with `learner/` (distributed checkpoint: weights and optimizer of
-all
-ranks) and `trainer.json` (data position, version, finished step). It is written under a temporary name and renamed
-when the
-last byte is there, so a run killed at any moment resumes from the last whole one.
+all ranks) and `trainer.json` (data position, version, finished step). It is written under a temporary name and renamed
+when the last byte is there, so a run killed at any moment resumes from the last whole one.
 """
 
 from __future__ import annotations

@@ -187,8 +187,7 @@ def judge_report(
 
 
 def main() -> None:
-    """Runs the command line; a mistake of the user is one message, not a traceback. Ctrl-C exits with 130 (typer does
-    it)."""
+    """Runs the command line; a mistake of the user is one message, not a traceback; Ctrl-C exits with 130."""
     try:
         app()
     except (ValueError, RuntimeError) as error:

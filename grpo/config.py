@@ -188,7 +188,7 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
             raise ValueError(
                 f"learner.max_tokens_per_microbatch = {self.learner.max_tokens_per_microbatch} cannot hold the longest "
                 f"sequence: tasks.max_prompt_tokens + max_new_tokens = {self.longest_sequence}; raise it or shorten "
-                f"them"
+                "them"
             )
         return self
 
@@ -197,10 +197,8 @@ class TrainConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstrin
         if self.truncates and not self.stability.keep_sampling_mask and not self.stability.allow_biased_truncation:
             raise ValueError(
                 "sampling truncates (top_p < 1 or top_k > 0) but stability.keep_sampling_mask is off, so every ratio "
-                "would "
-                "be wrong by the cut-off probability mass: turn keep_sampling_mask on, sample with top_p = 1 and "
-                "top_k = 0, or "
-                "set stability.allow_biased_truncation = true"
+                "would be wrong by the cut-off probability mass: turn keep_sampling_mask on, sample with top_p = 1 and "
+                "top_k = 0, or set stability.allow_biased_truncation = true"
             )
         return self
 

@@ -24,9 +24,8 @@ async def evaluate(sampler: GroupSampler, tasks: Sequence[Task], *, num_samples:
     """Draws every held-out task and counts the right answers.
 
     An answer is right when the first reward of its domain gives it 1 or more. With one sample per task decoding is
-    greedy;
-    with k samples the run's own sampling is used and `eval/pass_at_k` is the share of tasks with a right answer among
-    k.
+    greedy; with k samples the run's own sampling is used and `eval/pass_at_k` is the share of tasks with a right answer
+    among k.
     """
     draws = [
         sampler.draw(index, task, num_samples=num_samples, seed=seed + _EVAL_SEED_OFFSET, greedy=num_samples == 1)

@@ -1,10 +1,8 @@
 """The parity probe: after every weight sync each engine draws a few fixed samples and the learner scores them.
 
-Under replay both must assign the same log-probabilities, so a difference beyond rounding means that the engine does
-not hold
-the learner's weights: a stale, partial or corrupted sync. Training on such samples is the costliest failure an RL run
-has,
-because nothing else shows it; here it stops the run.
+Under replay both must assign the same log-probabilities, so a difference beyond rounding means that the engine does not
+hold the learner's weights: a stale, partial or corrupted sync. Training on such samples is the costliest failure an RL
+run has, because nothing else shows it; here it stops the run.
 """
 
 from __future__ import annotations

@@ -1,14 +1,11 @@
 """Keeps generation ahead of training, but never by more than `max_off_policy_steps` policy versions.
 
 Consumes: group indices 0, 1, 2, ... in order. Produces: drawn groups in that same order. Waits for: `draw`, which
-generates and
-scores one group and is all this file knows of engines and rewards.
+generates and scores one group and is all this file knows of engines and rewards.
 
-Why the bound holds: a step takes P groups or more, first in first out, and after a step took its groups at most k P
-are
-left in flight (P = groups per step, k = `max_off_policy_steps`). A group drawn at version v is therefore taken at
-most k
-steps, that is k versions, later. With k = 0 nothing is in flight while training runs: the synchronous mode.
+Why the bound holds: a step takes P groups or more, first in first out, and after a step took its groups at most k P are
+left in flight (P = groups per step, k = `max_off_policy_steps`). A group drawn at version v is therefore taken at most
+k steps, that is k versions, later. With k = 0 nothing is in flight while training runs: the synchronous mode.
 """
 
 from __future__ import annotations

@@ -110,8 +110,7 @@ def ensure_model(config: TrainConfig, run_file: Path, *, say: Callable[[str], No
         if path.startswith((".", "/")) or path.count("/") > 1:
             raise PreflightError(
                 f"model.path: no folder {path!r} in {base_dir.resolve()} or {Path.cwd()}: correct it, or set "
-                f"model.recipe to "
-                "a function that makes the model"
+                "model.recipe to a function that makes the model"
             )
         return path
     try:
@@ -184,7 +183,7 @@ def _load_all_tasks(config: TrainConfig, base_dir: Path) -> tuple[tuple[Task, ..
     if config.run.eval_every and config.tasks.eval is None:
         raise PreflightError(
             f"run.eval_every = {config.run.eval_every} but there are no held-out tasks: set tasks.eval, or eval_every "
-            f"= 0"
+            "= 0"
         )
     tasks = load_tasks(config.tasks.train, config.tasks, base_dir=base_dir)
     if config.tasks.eval is None:
@@ -197,8 +196,7 @@ def _check_domains(config: TrainConfig, domains: Sequence[str]) -> None:
     if unknown:
         raise PreflightError(
             f"domains.{unknown[0]}: no task has this domain (domains of the tasks: {', '.join(domains)}): correct the "
-            f"name, "
-            'or fill the tasks\' "domain" column'
+            'name, or fill the tasks\' "domain" column'
         )
 
 
@@ -208,14 +206,13 @@ def _check_model(config: TrainConfig, hf_config: PreTrainedConfig) -> None:
     if context is not None and config.longest_sequence > context:
         raise PreflightError(
             f"sampling.max_new_tokens: tasks.max_prompt_tokens + max_new_tokens = {config.longest_sequence} is more "
-            f"than the "
-            f"model's context of {context} tokens: shorten one of them"
+            f"than the model's context of {context} tokens: shorten one of them"
         )
     heads, engines = getattr(text_config, "num_attention_heads", None), config.rollout.tensor_parallel_size
     if heads is not None and heads % engines:
         raise PreflightError(
             f"rollout.tensor_parallel_size = {engines} does not divide the model's {heads} attention heads: choose a "
-            f"divisor"
+            "divisor"
         )
     if config.stability.keep_routing and num_experts(hf_config) > 0:
         _check_router(hf_config)
@@ -241,7 +238,6 @@ def _check_prompts(config: TrainConfig, tokenizer: TaskTokenizer, tasks: Sequenc
         num_tokens = len(tokenizer.encode(task))
         if num_tokens > limit:
             raise PreflightError(
-                f"task {task.id}: its prompt has {num_tokens} tokens, tasks.max_prompt_tokens is {limit}: raise it, "
-                f"or leave "
-                "the task out"
+                f"task {task.id}: its prompt has {num_tokens} tokens, tasks.max_prompt_tokens is {limit}: raise it, or "
+                "leave the task out"
             )

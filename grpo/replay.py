@@ -1,12 +1,9 @@
 """A step's batches on disk, and back through the learner offline.
 
 With `debug.dump_batches` every step leaves `batches/step-000012/`: the training state before the step, each rank's
-packed
-batches (tokens, supports, routes, log-probabilities, weights of the loss) and what the step computed. `keel replay`
-loads them
-in one process and trains the step again. With one rank on CPU every loss and gradient norm must come out bit for bit;
-with
-several ranks it sums their batches itself, so they agree to float32 rounding.
+packed batches (tokens, supports, routes, log-probabilities, weights of the loss) and what the step computed. `keel
+replay` loads them in one process and trains the step again. With one rank on CPU every loss and gradient norm must come
+out bit for bit; with several ranks it sums their batches itself, so they agree to float32 rounding.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def begin_run(config: TrainConfig, *, run_file: Path, resume: bool) -> Path:
     elif read_rows(run_dir / "metrics.jsonl"):
         raise ConfigError(
             f"{run_dir} already holds a run: continue it with --resume, delete it with --fresh, or choose another "
-            f"run.name"
+            "run.name"
         )
     else:
         (run_dir / SAMPLES_FILE).unlink(missing_ok=True)
@@ -127,8 +127,7 @@ class SampleLog:
 
 
 def sample_rows(step: int, groups: Sequence[ScoredGroup]) -> Iterator[dict[str, Any]]:
-    """Rows of `samples.jsonl`, best and worst of each group in turn; groups whose samples were all dropped are left
-    out."""
+    """Rows of `samples.jsonl`: best and worst of each group in turn, without groups that were dropped whole."""
     for scored in groups:
         valid = np.flatnonzero(scored.valid)
         if len(valid) == 0:
@@ -173,8 +172,7 @@ def _check_resumable(config: TrainConfig, run_dir: Path) -> None:
         if before[table][key] != now[table][key]:
             raise ConfigError(
                 f"--resume: {field} is {now[table][key]!r} but the run began with {before[table][key]!r}: set it "
-                f"back, or start "
-                "a new run under another run.name"
+                "back, or start a new run under another run.name"
             )
 
 

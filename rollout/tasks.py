@@ -107,7 +107,7 @@ def _to_task(row: Mapping[str, Any], where: str, config: TasksConfig) -> Task:
     if prompt_key not in row:
         raise TaskError(
             f"{where}: no column {prompt_key!r} (columns: {', '.join(row)}): set tasks.prompt_key to the prompt's "
-            f"column"
+            "column"
         )
     domain = row.get("domain", DEFAULT_DOMAIN)
     if not isinstance(domain, str) or not domain:

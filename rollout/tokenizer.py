@@ -35,7 +35,7 @@ class TaskTokenizer:
         except (OSError, ValueError, KeyError) as error:
             raise TokenizerError(
                 f"model.path: {self._model_path!r} has no tokenizer that can be loaded ({error}): save one beside the "
-                f"weights"
+                "weights"
             ) from error
 
     @property
@@ -93,9 +93,8 @@ class TaskTokenizer:
             token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             if len(token_ids) != 1 or token_ids[0] == self._tokenizer.unk_token_id:
                 raise TokenizerError(
-                    f"sampling.stop: {text!r} is {len(token_ids)} tokens of this tokenizer, want exactly one it "
-                    f"knows: choose a "
-                    "single-token string, or end answers with the end-of-sequence token"
+                    f"sampling.stop: {text!r} is {len(token_ids)} tokens of this tokenizer, want exactly one it knows: "
+                    "choose a single-token string, or end answers with the end-of-sequence token"
                 )
             ids[token_ids[0]] = None
         if not ids:

@@ -1,10 +1,9 @@
 """Both ends of the weight wire: named tensors in, flat byte buckets over the wire, named tensors out.
 
 The learner packs its checkpoint tensors one layer after another, so that neither side ever holds more than a few
-buckets
-besides the model. A bucket is a plain numpy buffer, which crosses processes through shared memory without a copy, or,
-where both ends share a GPU, a handle to device memory (CUDA IPC), which never leaves the GPU. This module knows neither
-the engine that loads the tensors nor what carries the buckets.
+buckets besides the model. A bucket is a plain numpy buffer, which crosses processes through shared memory without a
+copy, or, where both ends share a GPU, a handle to device memory (CUDA IPC), which never leaves the GPU. This module
+knows neither the engine that loads the tensors nor what carries the buckets.
 """
 
 from __future__ import annotations
@@ -100,8 +99,7 @@ def pack_device_buckets(named_tensors: Iterable[tuple[str, Tensor]], *, max_byte
     """`pack_buckets` for a receiver on the same GPU: the bytes stay in device memory, in `_NUM_DEVICE_BUFFERS` turns.
 
     A bucket is good until as many more have been drawn from the iterator as there are buffers, less one: whoever
-    carries
-    them must not run further ahead of the receiver. Raises ValueError if `max_bytes` < 1.
+    carries them must not run further ahead of the receiver. Raises ValueError if `max_bytes` < 1.
     """
     from torch.multiprocessing.reductions import reduce_tensor
 

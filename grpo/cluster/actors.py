@@ -1,9 +1,8 @@
 """The plain worker and learner behind Ray, and the split of light completions from heavy records.
 
 Records never pass through the driver: a rollout actor returns light completions and, as a second object, their `Replay`
-records; the driver passes the reference on and the learner rank that trains on them fetches it. Both objects belong
-to the
-driver, so they outlive the worker that made them.
+records; the driver passes the reference on and the learner rank that trains on them fetches it. Both objects belong to
+the driver, so they outlive the worker that made them.
 """
 
 from __future__ import annotations
