@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 151_936
 EOS = VOCAB_SIZE - 1
@@ -54,15 +54,37 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    # Qwen3-30B-A3B's widths in 6 of its 48 layers: 3.74 B parameters, 340 M of them active
+    "moe-30b-6l": (
+        "qwen3_moe",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 """Name -> (transformers model type, configuration)."""
 
 
+def model_config(name: str, **changes: Any) -> PretrainedConfig:
+    """The configuration of a shape; `changes` replace its fields."""
+    kind, shape = SHAPES[name]
+    return AutoConfig.for_model(kind, **(_COMMON | shape | changes))
+
+
 def make_model(name: str, folder: Path, *, head_scale: float = 8.0) -> Path:
     """Writes the random model in bfloat16; the output layer is scaled up, so that nucleus sampling keeps few ids."""
-    kind, shape = SHAPES[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **_COMMON, **shape)
+    config = model_config(name)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     with torch.no_grad():

@@ -1,14 +1,15 @@
 """Attention for packed rows: several sequences end to end in one row, none seeing another.
 
-`packed` is registered with transformers and needs no mask tensor. On CUDA in half precision it is one call of torch's
-own variable-length flash kernel; elsewhere sequences of similar length are laid into one padded batch per bucket and
-attended causally. Right padding needs no mask there: causality hides it from every real token.
+`packed` is registered with transformers and needs no mask tensor. On CUDA in half precision it is one call of a
+variable-length flash kernel (`grpo.flash`, or torch's own for what that does not know); elsewhere sequences of similar
+length are laid into one padded batch per bucket and attended causally. Right padding needs no mask there: causality
+hides it from every real token.
 
 Models whose attention needs more than q, k, v (attention sinks, lightning indexers) take one of the masked modes,
 which hold a T x T mask: `choose_attention` in grpo/model_check.py tries the modes in order and keeps the first that
 is right.
 
-Shapes: T = packed tokens, S = sequences, H = heads, D = head width.
+Shapes: T = packed tokens, S = sequences, H = heads, G = key/value heads, D = head width.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from transformers.masking_utils import AttentionMaskInterface, create_causal_mas
 AttentionMode = Literal["packed", "sdpa", "eager", "eager_masks"]
 MODES: tuple[AttentionMode, ...] = ("packed", "sdpa", "eager", "eager_masks")
 
+FLASH_WIDTHS = (16, 32, 64, 128)
+"""Head widths that Keel's own kernels attend over; others, and sliding windows, go to torch's."""
 BUCKET_FILL = 0.75
 """A sequence shares a bucket with a longer one if it fills at least this share of it..."""
 BUCKET_SLACK = 8
@@ -122,9 +125,28 @@ def packed_attention(
             f"packed attention of {type(module).__name__} cannot honour: "
             f"{', '.join(asked) or 'a batch without packed_layout'}"
         )
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    attend = _varlen if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _bucketed
-    return attend(q, k, v, layout, scaling, options.get("sliding_window"))[None], None
+    # `squeeze` is a view in both directions, `[0]` would copy every gradient into zeros.
+    q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+    return attend(q, k, v, layout, scaling, options.get("sliding_window")).unsqueeze(0), None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, sliding_window: int | None
+) -> Tensor:
+    """Causal attention within each sequence: [T, H, D], key and value [T, G, D] with G a divisor of H, to [T, H, D].
+
+    `scaling` of the scores, None = D ** -0.5; `sliding_window` = tokens seen, itself included, None = all before.
+    """
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return _bucketed(query, key, value, layout, scaling, sliding_window)
+    width = query.shape[2]
+    is_cut = sliding_window is not None and 0 < sliding_window < layout.max_seqlen
+    if is_cut or width not in FLASH_WIDTHS or value.shape != key.shape:
+        return _varlen(query, key, value, layout, scaling, sliding_window)
+    from grpo.flash import flash_attention  # Triton comes with CUDA builds of torch only
+
+    scale = width**-0.5 if scaling is None else scaling
+    return flash_attention(query, key, value, layout.cu_seqlens, layout.max_seqlen, scale)
 
 
 def _bucketed(

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grpo.compute_copies import ComputeCopies
 from stability.keep_sampling_mask import support_logprobs
 
 
@@ -19,6 +21,7 @@ from stability.keep_sampling_mask import support_logprobs
 class Supports:
     """What the head needs to answer with log-probabilities; fields as in `TrainBatch`."""
 
+    rows: Tensor  # int64 [N], each once
     offsets: Tensor  # int64 [N + 1]
     ids: Tensor  # int64 [M]
     untruncated: Tensor  # bool [N]
@@ -29,14 +32,17 @@ class Supports:
 class SupportHead:
     """Stands in for the output layer's forward, so that FSDP2 still gathers and frees its weight around it.
 
-    Inside `over(supports)` a root forward with `logits_to_keep=rows` returns `.logits` [1, 2, N]: log-probabilities and
-    entropies over the supports. Outside it returns plain logits.
+    Inside `over(supports)` a root forward returns `.logits` [1, 2, N]: log-probabilities and entropies over the
+    supports at their rows. Outside it returns plain logits.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, copies: ComputeCopies) -> None:
+        """Where `linear` computes with a copy of its weight, the gradient is added straight to the master's: nothing of
+        the weight's size is zeroed, rounded or added for a micro-batch."""
         self._linear = linear
         self._plain = linear.forward
         self._supports: Supports | None = None
+        self._copies = copies
         linear.forward = self._forward  # pyright: ignore[reportAttributeAccessIssue]
 
     @contextmanager
@@ -52,8 +58,32 @@ class SupportHead:
         s = self._supports
         if s is None:
             return self._plain(hidden)
-        rows = hidden[0]  # [N, d]
+        rows: Any = _Rows.apply(hidden.squeeze(0), s.rows)  # [N, d]
+        weight = self._linear.weight
+        summed_in = self._copies.gradient_of(weight) if torch.is_grad_enabled() else None
         logprobs, entropy = support_logprobs(
-            rows, self._linear.weight, s.offsets, s.ids, s.untruncated, s.targets, s.temperature
+            rows,
+            weight,
+            s.offsets,
+            s.ids,
+            s.untruncated,
+            s.targets,
+            s.temperature,
+            weight_grad_accumulator=summed_in,
         )
         return torch.stack([logprobs[None], entropy[None]], dim=1)
+
+
+class _Rows(torch.autograd.Function):
+    """`x[rows]` whose gradient is one scatter: no row is named twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape).index_copy_(0, rows, grads[0]), None

@@ -1,11 +1,9 @@
 """One rank of the training group: packed batches in, new weights out.
 
-Holds the policy (float32 master weights, FSDP2 when there are several ranks or a half-precision compute type), its
-optimizer
-and the frozen reference. It does not know what an algorithm is (it is given a loss function), nor Ray, nor where
-batches come
-from. Every public method but the constructor is a collective: all ranks call it with batches of the same shape in
-number.
+Holds the policy (float32 master weights; FSDP2 when there are several ranks, half-precision copies when there is one),
+its optimizer and the frozen reference. It does not know what an algorithm is (it is given a loss function), nor Ray,
+nor where batches come from. Every public method but the constructor is a collective: all ranks call it with batches of
+the same shape in number.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from grpo.batch import TrainBatch
 from grpo.checkpoint import export_model, load_training_state, save_training_state
 from grpo.config import LearnerConfig
-from grpo.logprobs import TokenLogprobs, token_logprobs
+from grpo.logprobs import token_logprobs
 from grpo.loss import LossFn, LossInputs, LossOutput, grpo_loss
 from grpo.model import PolicyModel, checkpoint_tensors, load_policy, reshard, shard_policy
 from grpo.stats import Moments, StepStats
@@ -87,7 +85,7 @@ class Learner:
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,
         )
         self.policy_version = 0
         self.num_updates = 0
@@ -181,27 +179,42 @@ class Learner:
     ) -> tuple[float, float]:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        for index, cpu_batch in enumerate(microbatches):
-            batch = cpu_batch.to(self.device)
+        batches = [batch.to(self.device) for batch in microbatches]  # a copy between two of them would wait for the GPU
+        results = []
+        for index, batch in enumerate(batches):
             self._sync_gradients(index == len(microbatches) - 1)
             scored = token_logprobs(self.policy, batch)
             output = loss_fn(LossInputs(scored.logprobs, self._reference_logprobs(batch), scored.entropy, batch))
             # FSDP averages gradients over ranks; the weights are those of a sum over the whole update.
             (output.loss * self.world_size).backward()
             total += output.loss.detach()
-            self._record(stats, batch, scored, output, is_fresh)
-        norm = _full(
-            torch.nn.utils.clip_grad_norm_(self.policy.module.parameters(), self.spec.config.max_grad_norm)
-        ).item()
+            results.append((batch, scored.logprobs.detach(), replace(output, loss=output.loss.detach())))
+        norm = self.apply_gradients()
+        for batch, logprobs, output in results:
+            self._record(stats, batch, logprobs, output, is_fresh)
+        return total.item(), norm
+
+    def apply_gradients(self) -> float:
+        """Clips the gradients, takes an optimizer step with them, and returns their norm before clipping.
+
+        Raises:
+            LearnerError: the norm is not finite; no weight has been touched.
+        """
+        reshard(self.policy)
+        parameters = [p for p in self.policy.module.parameters() if p.grad is not None]
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = _full(total).item()
         if not np.isfinite(norm):
             raise LearnerError(
                 f"gradient norm is {norm} at optimizer step {self.num_updates}: look at mismatch and ratio_max in "
                 "metrics.jsonl, and rerun with debug.dump_batches = true to replay the batch"
             )
+        if norm > self.spec.config.max_grad_norm:  # scaling by one would still read and write every gradient
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.spec.config.max_grad_norm, total)
         self._set_lr()
         self.optimizer.step()
         self.num_updates += 1
-        return total.item(), norm
+        return norm
 
     def _reference_logprobs(self, batch: TrainBatch) -> Tensor | None:
         """log pi_ref over the same supports; the reference routes by itself.
@@ -232,7 +245,7 @@ class Learner:
                 stats.moments["route_agreement"] = Moments(replayed, float(same), 1.0)
 
     def _record(
-        self, stats: StepStats, batch: TrainBatch, scored: TokenLogprobs, output: LossOutput, is_fresh: bool
+        self, stats: StepStats, batch: TrainBatch, logprobs: Tensor, output: LossOutput, is_fresh: bool
     ) -> None:
         """Takes a micro-batch's values into the step's sums; a no-op batch (all weights zero) leaves no trace."""
         if not (batch.loss_weights > 0).any():
@@ -247,7 +260,7 @@ class Learner:
         stats.add("staleness", staleness)
         stats.add("kept_size", np.diff(_array(batch.kept_offsets))[~_array(batch.untruncated)])
         if is_fresh:
-            difference = np.abs(_array(scored.logprobs) - _array(batch.behavior_logprobs))
+            difference = np.abs(_array(logprobs) - _array(batch.behavior_logprobs))
             stats.add_mismatch(difference[_is_fresh_sample(staleness, batch)])
 
 

@@ -36,7 +36,9 @@ def token_logprobs(model: PolicyModel, batch: TrainBatch) -> TokenLogprobs:
     Raises:
         CorruptRecordError: a sampled token is outside its own support.
     """
-    supports = Supports(batch.kept_offsets, batch.kept_ids, batch.untruncated, batch.targets, batch.temperature)
+    supports = Supports(
+        batch.rows, batch.kept_offsets, batch.kept_ids, batch.untruncated, batch.targets, batch.temperature
+    )
     kwargs: dict[str, Any] = attention_kwargs(
         model.module, model.attention, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
     )
@@ -44,6 +46,6 @@ def token_logprobs(model: PolicyModel, batch: TrainBatch) -> TokenLogprobs:
         kwargs[keep_routing.KEYWORD] = batch.routed_experts
     counting = model.routing.counting() if model.routing is not None else nullcontext()
     with model.head.over(supports), counting:
-        output = model.module(input_ids=batch.token_ids[None], logits_to_keep=batch.rows, **kwargs)
+        output = model.module(input_ids=batch.token_ids[None], **kwargs)
     logprobs, entropy = output.logits[0]
     return TokenLogprobs(logprobs, entropy.detach())

@@ -21,7 +21,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from grpo import experts, fused_layers
 from grpo.attention import AttentionMode
+from grpo.compute_copies import ComputeCopies
 from grpo.head import SupportHead
 from grpo.model_check import check_packing, check_replay, choose_attention
 from stability import keep_routing as routing_replay
@@ -39,6 +41,8 @@ class PolicyModel:
     """None: the model routes by itself (dense model, reference, or keep_routing off)."""
     attention: AttentionMode
     """How it attends over a packed row: `packed`, or a mode with a T x T mask for models that need one."""
+    copies: ComputeCopies
+    """The half-precision copies a single rank computes with; not started under FSDP2, which makes its own."""
 
 
 def load_policy(
@@ -71,11 +75,14 @@ def prepare_policy(
     module.train(trainable)  # transformers checkpoints only in train mode; nothing random is left in it
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trainable and ".indexer." not in name)  # an indexer has no gradient path
+    experts.install(module)
     attention = choose_attention(module)
+    fused_layers.install(module)
     routing = routing_replay.install(module) if keep_routing else None
     if gradient_checkpointing and trainable:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = PolicyModel(module, SupportHead(_output_layer(module)), routing, attention)
+    copies = ComputeCopies(module)
+    policy = PolicyModel(module, SupportHead(_output_layer(module), copies), routing, attention, copies)
     check_replay(policy)
     return policy
 
@@ -96,33 +103,46 @@ def _output_layer(module: PreTrainedModel) -> nn.Linear:
 
 
 def shard_policy(policy: PolicyModel, *, compute_dtype: torch.dtype, world_size: int) -> None:
-    """Moves the policy to this rank's device and shards it in place with FSDP2.
+    """Moves the policy to this rank's device and, where there are several ranks, shards it in place with FSDP2.
 
     Master weights, gradients and their reduction are float32; `compute_dtype` is that of the forward and backward.
-    One rank in float32 stays a plain module. Anything else needs an initialised process group of `world_size` ranks.
+    One rank keeps a plain module, with copies of its weights in another `compute_dtype` (a frozen module is held in
+    that type instead). Several ranks need an initialised process group.
 
     Raises:
         ModelCheckError: on a GPU, if packed attention is wrong in `compute_dtype`.
     """
     module = policy.module
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if world_size > 1 or compute_dtype != torch.float32:
+    if world_size > 1:
         _fully_shard(module, compute_dtype)
     nn.Module.to(module, device)
+    if world_size == 1 and compute_dtype != torch.float32:
+        _compute_in(policy, compute_dtype)
     if device.type == "cuda":
         check_packing(module, policy.attention, compute_dtype)
         reshard(policy)
 
 
 def reshard(policy: PolicyModel) -> None:
-    """Puts the sharded float32 masters back in the place of gathered compute copies.
+    """Puts the float32 masters back in the place of compute copies; to be called after the last backward of an update.
 
-    A forward without a backward leaves the head's gathered copy registered as the module's parameter: an optimizer
-    built then would train the copy, and a checkpoint would hold it.
+    Between a forward and this call the copies are registered as the module's parameters (under FSDP2 only the head's,
+    after a forward without a backward): an optimizer built then would train them, and a checkpoint would hold them.
     """
+    policy.copies.drop()
     for module in policy.module.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _compute_in(policy: PolicyModel, dtype: torch.dtype) -> None:
+    """A single rank's other compute type."""
+    if any(parameter.requires_grad for parameter in policy.module.parameters()):
+        policy.copies.start(dtype)
+        return
+    for parameter in policy.module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _fully_shard(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:

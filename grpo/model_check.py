@@ -81,21 +81,20 @@ def check_replay(policy: PolicyModel) -> None:
     """
     token_ids, position_ids, cu_seqlens = _trial(policy.module)
     kwargs = attention_kwargs(policy.module, policy.attention, position_ids, cu_seqlens, max(LENGTHS))
-    rows = torch.arange(1, len(token_ids) - 1, 2)
-    targets, no_ids = token_ids[rows + 1], torch.zeros(0, dtype=torch.int64)
-    everything = Supports(
-        no_ids.new_zeros(len(rows) + 1), no_ids, torch.ones_like(rows, dtype=torch.bool), targets, torch.ones(len(rows))
-    )
+    rows = torch.arange(1, len(token_ids) - 1, 2, device=token_ids.device)
+    targets, no_ids = token_ids[rows + 1], rows[:0]
+    everything = torch.ones_like(rows, dtype=torch.bool)
+    supports = Supports(rows, no_ids.new_zeros(len(rows) + 1), no_ids, everything, targets, everything.float())
     with torch.no_grad():
         logits = policy.module(input_ids=token_ids[None], **kwargs).logits[0]
-        with policy.head.over(everything):
-            answered = policy.module(input_ids=token_ids[None], logits_to_keep=rows, **kwargs).logits
+        with policy.head.over(supports):
+            answered = policy.module(input_ids=token_ids[None], **kwargs).logits
     expected = logits[rows].log_softmax(-1).gather(1, targets[:, None])[:, 0]
     is_right = answered.shape == (1, 2, len(rows)) and (answered[0, 0] - expected).abs().mean() <= 1e-3  # nats
     if not is_right:
         raise ModelCheckError(
             f"{type(policy.module).__name__}: the log-probabilities of its head are not those of its logits (does it "
-            "scale or cap them, or ignore logits_to_keep?): choose another model.path"
+            "scale or cap them?): choose another model.path"
         )
     if policy.routing is not None:
         _check_routing(policy, token_ids, kwargs)
@@ -104,7 +103,8 @@ def check_replay(policy: PolicyModel) -> None:
 def _check_routing(policy: PolicyModel, token_ids: Tensor, kwargs: dict) -> None:
     assert policy.routing is not None
     num_layers, num_slots = len(decoder_layers(policy.module)), policy.routing.slots_per_token
-    forced = torch.arange(num_slots, dtype=torch.int16).expand(len(token_ids), num_layers, num_slots)
+    slots = torch.arange(num_slots, dtype=torch.int16, device=token_ids.device)
+    forced = slots.expand(len(token_ids), num_layers, num_slots)
     with torch.no_grad(), policy.routing.counting():
         policy.module(input_ids=token_ids[None], routed_experts=forced, **kwargs)
     replayed = policy.routing.agreement()[:, 1].tolist()

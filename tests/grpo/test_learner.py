@@ -91,6 +91,25 @@ def test_a_saved_learner_continues_bit_equal(model_path, tmp_path):
     assert (resumed.policy_version, resumed.num_updates) == (straight.policy_version, straight.num_updates)
 
 
+def test_a_half_precision_learner_trains_sends_and_saves_its_float32_masters(model_path, tmp_path):
+    config = LearnerConfig(lr=1e-3, dtype="bfloat16", gradient_checkpointing=True)
+    learner, resumed = (Learner(make_spec(model_path, config=config)) for _ in range(2))
+    before = [p.clone() for p in learner.policy.module.parameters()]
+    updates = [batches_of(u) for u in plan_updates(make_samples(3, routes=ROUTES), max_tokens=64)]
+    learner.train(updates)
+    learner.score(updates[0])
+    masters = dict(learner.policy.module.named_parameters())
+    assert {p.dtype for p in masters.values()} == {torch.float32}
+    assert not any(torch.equal(p, old) for p, old in zip(masters.values(), before, strict=True))
+    sent = {n: t.clone() for b in learner.weight_buckets(1 << 30) for n, t in unpack_bucket(b)}
+    assert torch.equal(sent["lm_head.weight"], masters["lm_head.weight"])
+    learner.save(tmp_path / "state")
+    resumed.load(tmp_path / "state")
+    assert learner.train(updates).losses == resumed.train(updates).losses
+    for a, b in zip(learner.policy.module.parameters(), resumed.policy.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_streamed_weights_are_the_checkpoint_and_export_loads_in_transformers(model_path, tmp_path):
     learner = Learner(make_spec(model_path))
     sent = {n: t.clone() for b in learner.weight_buckets(1 << 16) for n, t in unpack_bucket(b)}

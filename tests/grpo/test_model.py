@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from grpo import attention, model_check
 from grpo.attention import PackedLayout, attention_kwargs, packed_attention, set_attention
 from grpo.logprobs import token_logprobs
-from grpo.model import PolicyModel, checkpoint_tensors, load_policy, prepare_policy, shard_policy
+from grpo.model import PolicyModel, checkpoint_tensors, load_policy, prepare_policy, reshard, shard_policy
 from grpo.model_check import ModelCheckError, choose_attention
 from tests.grpo.batches import pack_by_hand, random_sequences
 from tests.moe_models import MOE_MODELS, VOCAB_SIZE, build_model
@@ -167,6 +167,7 @@ def backward(policy: PolicyModel) -> tuple[Tensor, dict[str, Tensor]]:
     batch = pack_by_hand(random_sequences([(5, 9), (3, 6)], vocab_size=VOCAB_SIZE, routes=(3, 16, 4)))
     loss = -(batch.loss_weights * token_logprobs(policy, batch).logprobs).sum()
     loss.backward()
+    reshard(policy)
     named = policy.module.named_parameters()
     return loss.detach(), {
         name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for name, p in named if p.grad is not None

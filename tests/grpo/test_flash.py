@@ -1,0 +1,116 @@
+"""The attention kernels without a GPU: through Triton's interpreter against a block mask, and compiled for an H100.
+
+Triton reads TRITON_INTERPRET when it is imported, so each half runs in a process of its own: this file run as a module
+with the half's name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+CASES: dict[str, tuple[list[int], int, int]] = {
+    "grouped": ([37, 1, 66], 4, 2),
+    "one head": ([33], 1, 1),
+    "eight to one": ([20, 17], 8, 1),
+}
+"""Sequence lengths, query heads, key heads."""
+WIDTH = 16
+
+
+def _errors(name: str) -> list[float]:
+    """Largest differences of the output and the three gradients from attention under a block mask in float64."""
+    from grpo.flash import flash_attention
+
+    lengths, heads, key_heads = CASES[name]
+    generator, total = torch.Generator().manual_seed(3), sum(lengths)
+    states = [torch.randn(total, n, WIDTH, generator=generator).requires_grad_() for n in (heads, key_heads, key_heads)]
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    query, key, value = states
+    got = flash_attention(query, key, value, cu_seqlens, max(lengths), 0.3)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = (owner[:, None] == owner) & torch.ones(total, total).tril().bool()
+    q, k, v = (
+        x.double().transpose(0, 1) for x in (query, *(s.repeat_interleave(heads // key_heads, 1) for s in states[1:]))
+    )
+    want = ((q @ k.mT * 0.3).masked_fill(~allowed, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    upstream = torch.randn(got.shape, generator=generator)
+    got_all = (got, *torch.autograd.grad(got, states, upstream))
+    want_all = (want, *torch.autograd.grad(want, states, upstream.double()))
+    return [float((a - b).detach().abs().max()) for a, b in zip(got_all, want_all, strict=True)]
+
+
+def interpret() -> dict[str, list[float]]:
+    """All errors, with programs so small that every sequence needs several."""
+    from grpo import flash
+
+    flash.FORWARD = flash.QUERY_GRAD = flash.Tile(32, 16, 4, 1)
+    flash.KEY_VALUE_GRAD = flash.Tile(16, 32, 4, 1)
+    return {name: _errors(name) for name in CASES}
+
+
+def compile_kernels() -> dict[str, int]:
+    """Shared memory in bytes of every kernel for compute capability 9.0, at 32 query heads of 128 on 4 key heads."""
+    import triton  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+    from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
+
+    from grpo import flash, flash_kernels
+
+    def kind(name: str, constants: dict[str, Any]) -> str:
+        special = {"LSE": "*fp32", "DELTA": "*fp32", "CU": "*i32", "scale": "fp32", "num_tokens": "i32"}
+        return "constexpr" if name in constants else special.get(name, "*bf16")
+
+    used = {}
+    for kernel, tile in (
+        (flash_kernels.forward_kernel, flash.FORWARD),
+        (flash_kernels.key_value_grad_kernel, flash.KEY_VALUE_GRAD),
+        (flash_kernels.query_grad_kernel, flash.QUERY_GRAD),
+        (flash_kernels.delta_kernel, flash.Tile(flash.DELTA_ROWS, 0, 4, 1)),
+    ):
+        constants = {"H": 32, "GROUP": 8, "D": 128, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        source = ASTSource(kernel, {name: kind(name, constants) for name in kernel.arg_names}, constexprs=constants)
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        used[kernel.__name__] = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options=options
+        ).metadata.shared
+    return used
+
+
+def _run(half: str, **env: str) -> Any:
+    command = [sys.executable, "-m", "tests.grpo.test_flash", half]
+    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env={**clean, **env}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, list[float]]:
+    return _run("interpret", TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_equal_a_block_mask(interpreted: dict[str, list[float]], name: str) -> None:
+    assert len(interpreted[name]) == 4 and all(error < 5e-6 for error in interpreted[name])
+
+
+def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory() -> None:
+    used = _run("compile_kernels")
+    assert len(used) == 4 and max(used.values()) <= 227 * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps({"interpret": interpret, "compile_kernels": compile_kernels}[sys.argv[1]]()))
