@@ -2,8 +2,10 @@
 
 Two autograd functions hold a layer's dense parts: norm + query/key/value + rotary, and norm + gated MLP. Each keeps its
 input and what its matrix products gave; norms and activations are computed again in the backward pass, which costs
-little. Routers, experts (`grpo.experts`) and attention stay modules and functions of their own, so that routing replay,
-FSDP2 and activation checkpointing work as on the plain layer.
+little. The residual stream between the layers stays in float32, as in the engine: in half precision every layer would
+cut the whole sum, which is the largest part of the rounding in a log-probability (docs/performance.md). Routers,
+experts (`grpo.experts`) and attention stay modules and functions of their own, so that routing replay, FSDP2 and
+activation checkpointing work as on the plain layer.
 
 `install` replaces the forward of layers it knows. It answers packed rows in half precision on a GPU, the plain forward
 everything else: the start-up check of a learner on a GPU therefore compares the two (`model_check.check_packing`).
@@ -29,13 +31,14 @@ KNOWN_LAYERS = frozenset(f"{family}DecoderLayer" for family in ("Llama", "Mistra
 
 
 def install(module: PreTrainedModel) -> None:
-    """Gives known decoder layers, and the norm after the last one, their fused forward; others keep their own."""
-    layers: list[Any] = [layer for layer in decoder_layers(module) if _is_known(layer)]
+    """Gives the decoder layers, and the norm after the last one, their fused forward if all of them are known."""
+    layers: list[Any] = decoder_layers(module)
+    norm: Any = getattr(module.get_decoder(), "norm", None)
+    if not all(_is_known(layer) for layer in layers) or type(norm) is not type(layers[-1].input_layernorm):
+        return
     for layer in layers:
         layer.forward = partial(_layer_forward, layer, layer.forward)
-    norm: Any = getattr(module.get_decoder(), "norm", None)
-    if layers and type(norm) is type(layers[-1].input_layernorm):
-        norm.forward = partial(_norm_forward, norm, norm.forward)
+    norm.forward = partial(_norm_forward, norm, norm.forward)
 
 
 def _is_known(layer: nn.Module) -> bool:
@@ -51,23 +54,27 @@ def _layer_forward(
     layer: Any, plain: Callable[..., Tensor], hidden_states: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     layout: PackedLayout | None = kwargs.get("packed_layout")
-    if layout is None or not _is_half_on_gpu(hidden_states):
+    if layout is None or not _is_half_on_gpu(layer.input_layernorm.weight):
         return plain(hidden_states, *args, **kwargs)
-    return fused_layer(layer, hidden_states.squeeze(0), kwargs["position_embeddings"], layout).unsqueeze(0)
+    stream = hidden_states.squeeze(0).float()
+    return fused_layer(layer, stream, kwargs["position_embeddings"], layout).unsqueeze(0)
 
 
 def _norm_forward(norm: Any, plain: Callable[..., Tensor], hidden_states: Tensor) -> Tensor:
-    if hidden_states.shape[:-1].numel() != hidden_states.shape[1] or not _is_half_on_gpu(hidden_states):
+    if len(hidden_states) != 1 or not _is_half_on_gpu(norm.weight):
         return plain(hidden_states)
     return _apply(_Norm, hidden_states.squeeze(0), norm.weight, norm.variance_epsilon)[0].unsqueeze(0)
 
 
-def _is_half_on_gpu(hidden_states: Tensor) -> bool:
-    return hidden_states.is_cuda and hidden_states.dtype in (torch.bfloat16, torch.float16)
+def _is_half_on_gpu(weight: Tensor) -> bool:
+    return weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
 
 
 def fused_layer(layer: Any, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], layout: PackedLayout) -> Tensor:
-    """The layer's output [T, d] for one packed row [T, d]; `position_embeddings` are cos and sin [1, T, D]."""
+    """The residual stream after the layer, float32 [T, d] like the one before it, for one packed row.
+
+    `position_embeddings` are cos and sin [1, T, D], in the weights' type.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     cos, sin = (angles[0].contiguous() for angles in position_embeddings)
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
@@ -84,7 +91,7 @@ def fused_layer(layer: Any, hidden: Tensor, position_embeddings: tuple[Tensor, T
     )
     sliding_window = getattr(attention, "sliding_window", None)
     attended = attend(query, key, value, layout, attention.scaling, sliding_window)
-    hidden = torch.addmm(hidden, attended.flatten(1), attention.o_proj.weight.t())
+    hidden = _apply(_AddProjection, hidden, attended.flatten(1), attention.o_proj.weight)
     norm = layer.post_attention_layernorm
     if _is_gated_mlp(mlp):
         projections = (projection.weight for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
@@ -107,8 +114,32 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.apply(*arguments)
 
 
+class _AddProjection(torch.autograd.Function):
+    """stream + x W^T: float32 [T, d] + [T, I] x [d, I], the product never rounded to half precision."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _add_product(stream, x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].to(x.dtype)
+        return grads[0], grad @ weight, grad.t() @ x
+
+
+def _add_product(stream: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    if stream.is_cuda and stream.dtype != left.dtype:
+        return torch.addmm(stream, left, right, out_dtype=stream.dtype)
+    return torch.addmm(stream, left.to(stream.dtype), right.to(stream.dtype))
+
+
 class _Norm(torch.autograd.Function):
-    """RMSNorm of [T, d]; also hands its input on, so that the gradient around the norm is added in the same kernel."""
+    """RMSNorm of a stream float32 [T, d], in the weight's type.
+
+    Also hands its input on, so that the gradient around the norm is added in the same kernel.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -128,7 +159,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _QueryKeyValue(torch.autograd.Function):
-    """[T, d] to rotated query [T, H, D] and key [T, G, D], value [T, G, D], and the input handed on."""
+    """Stream float32 [T, d] to rotated query [T, H, D] and key [T, G, D], value [T, G, D], and itself handed on."""
 
     @staticmethod
     def forward(  # noqa: PLR0913  autograd takes no containers of tensors
@@ -175,7 +206,7 @@ class _QueryKeyValue(torch.autograd.Function):
 
 
 class _GatedMlp(torch.autograd.Function):
-    """x + down(silu(gate(norm(x))) * up(norm(x))) of [T, d]."""
+    """x + down(silu(gate(norm(x))) * up(norm(x))) of a stream x, float32 [T, d]."""
 
     @staticmethod
     def forward(
@@ -187,19 +218,20 @@ class _GatedMlp(torch.autograd.Function):
         gate, up = normed @ to_gate.t(), normed @ to_up.t()
         ctx.save_for_backward(x, norm, to_gate, to_up, to_out, gate, up)
         ctx.eps = eps
-        return torch.addmm(x, pointwise.swiglu(gate, up), to_out.t())
+        return _add_product(x, pointwise.swiglu(gate, up), to_out.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from grpo import pointwise
 
         x, norm, to_gate, to_up, to_out, gate, up = ctx.saved_tensors
-        grad = grads[0].contiguous()
+        skip = grads[0].contiguous()
+        grad = skip.to(to_out.dtype)
         gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
         inner, _ = pointwise.swiglu_grad(gate, up, grad @ to_out, gate_grad, up_grad)
         out_weight_grad = grad.t() @ inner
         normed = pointwise.rms_norm(x, norm, ctx.eps)
         weight_grads = gate_grad.t() @ normed, up_grad.t() @ normed
         normed_grad = (gate_grad @ to_gate).addmm_(up_grad, to_up)
-        x_grad, norm_grad = pointwise.rms_norm_grad(x, norm, ctx.eps, normed_grad, grad)
+        x_grad, norm_grad = pointwise.rms_norm_grad(x, norm, ctx.eps, normed_grad, skip)
         return x_grad, norm_grad, *weight_grads, out_weight_grad, None

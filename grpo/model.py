@@ -147,7 +147,8 @@ def _compute_in(policy: PolicyModel, dtype: torch.dtype) -> None:
 
 def _fully_shard(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     """A group per decoder layer, for the embedding, for norm and head; tied weights stay in the root's group."""
-    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # Inputs come in the right types; a cast would cut the residual stream, which fused layers keep in float32.
+    mixed = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = MixedPrecisionPolicy() if compute_dtype == torch.float32 else mixed
     for layer in routing_replay.decoder_layers(module):
         fully_shard(layer, mp_policy=policy)

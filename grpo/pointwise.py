@@ -42,8 +42,8 @@ def accumulate(total: Tensor, values: Tensor, *, add: bool) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis of [T, d]."""
-    out = torch.empty_like(x)
+    """RMSNorm over the last axis of [T, d], in the weight's type."""
+    out = torch.empty_like(x, dtype=weight.dtype)
     width = x.shape[1]
     with torch.cuda.device_of(x):
         rms_norm_kernel[(len(x),)](x, weight, out, eps, WIDTH=width, BLOCK=triton.next_power_of_2(width))

@@ -17,14 +17,14 @@ import triton.language as tl
 
 @triton.jit
 def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """out = weight * round(x / rms(x)): one row per program."""
+    """out = weight * round(x / rms(x)), rounded to x's type and then to out's: one row per program."""
     row = tl.program_id(0).to(tl.int64) * WIDTH
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     x = tl.load(x_ptr + row + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     normed = x * tl.rsqrt(tl.sum(x * x) / WIDTH + eps)
-    out = normed.to(out_ptr.dtype.element_ty).to(tl.float32) * weight
+    out = normed.to(x_ptr.dtype.element_ty).to(tl.float32) * weight
     tl.store(out_ptr + row + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 

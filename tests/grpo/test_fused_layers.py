@@ -60,6 +60,31 @@ def _layer_errors(name: str) -> dict[str, float]:
     return {key: _relative(fused[key], plain[key]) for key in plain}
 
 
+def _stream_errors(name: str) -> dict[str, float]:
+    """Relative errors of what a bfloat16 layer adds to a stream 256 times as large, and of the stream's gradient."""
+    from grpo import fused_layers
+
+    model: Any = build_model(name, num_hidden_layers=1, **MODELS[name]).bfloat16()
+    set_attention(model, "packed")
+    generator = torch.Generator().manual_seed(3)
+    stream = (256 * torch.randn(sum(LENGTHS), model.config.hidden_size, generator=generator)).requires_grad_()
+    upstream = torch.randn(stream.shape, generator=generator)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    angles = model.model.rotary_emb(stream[None].bfloat16(), positions)
+    layout = PackedLayout(torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32), max(LENGTHS))
+    fused = fused_layers.fused_layer(model.model.layers[0], stream, angles, layout)
+    (fused_grad,) = torch.autograd.grad(fused, stream, upstream)
+    exact = model.model.layers[0].float()(
+        stream[None], position_embeddings=[a.float() for a in angles], position_ids=positions, packed_layout=layout
+    )[0]
+    (exact_grad,) = torch.autograd.grad(exact, stream, upstream)
+    return {
+        "added": _relative(fused.detach() - stream.detach(), exact.detach() - stream.detach()),
+        "gradient added": _relative(fused_grad - upstream, exact_grad - upstream),
+        "not float32": float(fused.dtype != torch.float32),
+    }
+
+
 def _expert_errors() -> dict[str, float]:
     """Relative errors of the kernels beside the experts' products against their torch versions."""
     from grpo import pointwise
@@ -95,11 +120,14 @@ def interpret() -> dict[str, Any]:
 
     pointwise.NORM_PROGRAMS = 4
     pointwise.COLUMNS = 32
-    return {name: _layer_errors(name) for name in MODELS} | {"experts": _expert_errors()}
+    errors = {name: _layer_errors(name) for name in MODELS} | {"experts": _expert_errors()}
+    return errors | {f"{name} stream": _stream_errors(name) for name in MODELS}
 
 
 FLOATS = ("total_ptr", "partial_ptr", "weight_grad_ptr")
 """Pointers to float32 whatever the rows' type."""
+STREAM = ("x_ptr", "skip_ptr", "x_grad_ptr")
+"""Those of the norms between layers, which read and write the residual stream."""
 
 
 def compile_kernels() -> dict[str, int]:
@@ -110,9 +138,11 @@ def compile_kernels() -> dict[str, int]:
 
     from grpo import pointwise_kernels as kernels
 
-    def kind(name: str, is_constant: bool) -> str:
+    def kind(name: str, is_constant: bool, is_norm: bool) -> str:
         if is_constant:
             return "constexpr"
+        if is_norm and name in STREAM:
+            return "*fp32"
         if not name.endswith("_ptr"):
             return "fp32" if name == "eps" else "i32"
         return "*i64" if name == "slots_ptr" else "*fp32" if name in FLOATS else "*bf16"
@@ -130,7 +160,7 @@ def compile_kernels() -> dict[str, int]:
         plan += [(kernels.combine_kernel, {"WIDTH": 2048, "NUM_SLOTS": 8, "BLOCK": 1024, "WEIGHTED": flag})]
     sizes = {}
     for kernel, constants in plan:
-        types = {name: kind(name, name in constants) for name in kernel.arg_names}
+        types = {name: kind(name, name in constants, constants is rows) for name in kernel.arg_names}
         source = ASTSource(kernel, types, constexprs=constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
         sizes[f"{kernel.__name__} {constants}"] = len(compiled.asm["cubin"])
@@ -155,6 +185,12 @@ def interpreted() -> dict[str, dict[str, float]]:
 def test_interpreted_kernels_equal_the_plain_layer(interpreted: dict[str, dict[str, float]], name: str) -> None:
     assert len(interpreted[name]) >= 6
     assert {key: error for key, error in interpreted[name].items() if not error < 1e-5} == {}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_residual_stream_is_never_rounded(interpreted: dict[str, dict[str, float]], name: str) -> None:
+    errors = interpreted[f"{name} stream"]  # a stream in bfloat16 would make them 0.3 and more
+    assert {key: error for key, error in errors.items() if not error < 0.02} == {}
 
 
 def test_every_kernel_compiles_for_an_h100() -> None:
