@@ -11,15 +11,19 @@ Three ways to draw and score the same groups, `--steps` times each:
     after        judged when the whole step is drawn: what a loop without overlap pays
     overlapped   judged group by group while the others are still drawn: what Keel does
 
-The three take turns, so that whatever else the machine does hits them alike; medians are printed. What is left of the
-judge is the last groups' second, so the growth falls with the step's length: it is printed for several.
+The three take turns, each step in another order, so that whatever else the machine does hits them alike; medians are
+printed. What is left of the judge is the last groups' second, so the growth falls with the step's length: it is printed
+for several.
+
+Processor seconds say what scoring costs where a busy machine hides it: those of all processes for a step drawn alone
+and a step drawn and scored, and those of scoring itself, which are the reward processes' and what the thread of the
+event loop needs beyond a step alone. The rest is the engine's.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -27,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.machine import describe_machine
 from grpo.config import load_config
@@ -51,6 +56,8 @@ JUDGE_S = 1.0
 NUM_REWARD_WORKERS = 2
 
 Draw = Callable[[int], Coroutine[Any, Any, Any]]
+Way = Callable[[int], Coroutine[Any, Any, None]]
+"""Draws a step of so many groups."""
 
 
 async def one_second_judge(task: Task, answer: Answer) -> float:
@@ -104,19 +111,46 @@ async def measure(bench: Bench, sizes: Sequence[int], num_steps: int) -> None:
     """Prints one row per step length."""
     ways = (bench.alone, bench.overlapped, bench.after)
     await bench.overlapped(IN_FLIGHT // GROUP_SIZE)  # first calls compile and connect
+    print(f"\n{'':15}{'wall-clock seconds':^48}  {'processor seconds':^31}")
     print(
-        f"\n{'groups':>6} {'samples':>8} {'alone s':>9} {'overlapped s':>13} {'growth':>8} {'after s':>9} {'growth':>8}"
+        _line("groups", "samples", "alone", "overlapped", "growth", "after", "growth", "alone", "overlapped", "scoring")
     )
     for num_groups in sizes:
-        seconds = np.zeros((num_steps, len(ways)))
-        for step, way in itertools.product(range(num_steps), range(len(ways))):
-            started = time.perf_counter()
-            await ways[way](num_groups)
-            seconds[step, way] = time.perf_counter() - started
-        alone, overlapped, after = np.median(seconds, axis=0)
-        growth, without = f"{overlapped / alone - 1:+.1%}", f"{after / alone - 1:+.1%}"
-        size = f"{num_groups:6d} {num_groups * GROUP_SIZE:8d}"
-        print(f"{size} {alone:9.2f} {overlapped:13.2f} {growth:>8} {after:9.2f} {without:>8}", flush=True)
+        costs = np.array([await _turns(ways, num_groups, first=step) for step in range(num_steps)])
+        print(_row(num_groups, costs), flush=True)
+
+
+async def _turns(ways: Sequence[Way], num_groups: int, *, first: int) -> np.ndarray:
+    """float64 [ways, 3]: each way once, from the `first` on."""
+    costs = np.zeros((len(ways), 3))
+    for way in np.roll(range(len(ways)), -first):
+        before = _clocks()
+        await ways[way](num_groups)
+        costs[way] = _clocks() - before
+    return costs
+
+
+def _clocks() -> np.ndarray:
+    """float64 [3], seconds: the wall clock's; those of all processes; those of the reward processes and of this thread,
+    which is the event loop's."""
+    processes = psutil.Process().children(recursive=True)
+    judging = sum(sum(process.cpu_times()[:2]) for process in processes)
+    return np.array([time.perf_counter(), time.process_time() + judging, time.thread_time() + judging])
+
+
+def _row(num_groups: int, costs: np.ndarray) -> str:
+    """Medians over the steps; a growth compares ways that took their turns in one step."""
+    growths = np.median(costs[:, 1:, 0] / costs[:, :1, 0] - 1, axis=0)
+    alone, overlapped, after = np.median(costs, axis=0)
+    wall = (f"{alone[0]:.2f}", f"{overlapped[0]:.2f}", f"{growths[0]:+.1%}", f"{after[0]:.2f}", f"{growths[1]:+.1%}")
+    processor = (f"{alone[1]:.2f}", f"{overlapped[1]:.2f}", f"{overlapped[2] - alone[2]:.2f}")
+    return _line(str(num_groups), str(num_groups * GROUP_SIZE), *wall, *processor)
+
+
+def _line(groups: str, samples: str, *columns: str) -> str:
+    alone, overlapped, growth, after, without, alone_cpu, overlapped_cpu, scoring = columns
+    wall = f"{alone:>8} {overlapped:>11} {growth:>8} {after:>8} {without:>8}"
+    return f"{groups:>6} {samples:>8} {wall}  {alone_cpu:>10} {overlapped_cpu:>11} {scoring:>8}"
 
 
 async def run(sizes: Sequence[int], num_steps: int) -> None:

@@ -30,13 +30,15 @@ import httpx
 
 from grpo.config import ConfigError, TrainConfig
 from rewards.config import RewardConfig
-from rewards.judge.client import OWNED, Judge
+from rewards.judge.client import OWNED, Judge, check_endpoint
 from rewards.judge.report import judge_items, measure, read_items, render
 from rewards.judge.settings import Access, Sampling
 from rollout.config import TasksConfig
 from rollout.tasks import load_tasks
 
 DEFAULT_PORT = 8199
+JUDGES = "rewards.rubric_judge"
+"""The module of the shipped judges."""
 STOP_S = 20.0
 """Longest wait for a server to stop; its guard kills it after half of that."""
 _POLL_S = 0.2
@@ -118,15 +120,19 @@ def judge_server(
 
 @contextmanager
 def owned_judges(config: TrainConfig, options: ServerOptions = DEFAULT_OPTIONS) -> Iterator[TrainConfig]:
-    """Starts a server for every judge model that a run file leaves to Keel, for the block.
+    """Starts a server for every judge model that a run file leaves to Keel, for the block, after a look whether the
+    others answer: from here, which on a cluster of several machines need not be where rewards run.
 
     Gives the same configuration with `endpoint = "keel"` replaced by the servers' endpoints, in `[[rewards]]` and in
     every domain's rewards; the configuration itself where there is none.
 
     Raises:
         ConfigError: such a reward does not name its model.
+        JudgeError: nothing answers at the endpoint of another judge.
         JudgeServerError: a server did not come up.
     """
+    for endpoint in sorted({given for reward in _all_rewards(config) if (given := _given_endpoint(reward))}):
+        check_endpoint(endpoint)
     with ExitStack() as stack:
         endpoints: dict[tuple[str, str], str] = {}
         for model, devices in sorted({owned for reward in _all_rewards(config) if (owned := _owned(reward))}):
@@ -300,6 +306,13 @@ def _owned(reward: RewardConfig) -> tuple[str, str] | None:
     if not isinstance(model, str) or not model:
         raise ConfigError(f'rewards.kwargs: endpoint = "{endpoint}" starts a server: set model to a folder or id')
     return model, endpoint.partition(":")[2]
+
+
+def _given_endpoint(reward: RewardConfig) -> str | None:
+    """Where a shipped judge is reached that the run does not start."""
+    endpoint = reward.kwargs.get("endpoint")
+    shipped = reward.fn.partition(":")[0] == JUDGES and isinstance(endpoint, str)
+    return str(endpoint) if shipped and _owned(reward) is None else None
 
 
 def _with_endpoints(config: TrainConfig, endpoints: dict[tuple[str, str], str]) -> TrainConfig:

@@ -23,19 +23,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Generator, Sequence
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rewards.load import LoadedReward, RewardError, load_reward
 from rewards.outcome import ABSTAINED, MEMORY, TIMEOUT, BadResult, Outcome, read_group, read_result
 from rewards.types import Abstain, Answer
-from rewards.wire import Batch, Hello, end_event, event, receive
+from rewards.wire import Batch, Hello, calls_event, event, receive
 from rollout.types import Task
 
 MAX_ASYNC_CALLS = 128
 """Asynchronous calls under way at a time; the others wait their turn, and their timeouts have not begun."""
+TELL_WITHIN_S = 0.05
+"""News of asynchronous calls waits for the end of the loop's turn, but not longer than this if a call holds it up."""
 MAX_DETAIL = 4000
 """Characters of a traceback that are kept."""
 SLOT_BYTES = 8
@@ -51,6 +53,10 @@ class _Call:
     task: Task
     answers: tuple[Answer, ...]
     check: bool
+
+
+_Ended = tuple[int, list[Outcome]]
+"""The id of a call that has ended, and one outcome per answer."""
 
 
 def main() -> None:
@@ -70,16 +76,14 @@ class Child:
     """Everything inside the process."""
 
     def __init__(self, sock: socket.socket, slot: mmap.mmap) -> None:
-        self._sock, self._slot = sock, slot
+        self._sock, self._stream = sock, sock.makefile("rb")
         self._send_lock = threading.Lock()
         self._queue: queue.SimpleQueue[_Call] = queue.SimpleQueue()
-        self._loop = asyncio.new_event_loop()
-        self._turn = asyncio.Semaphore(MAX_ASYNC_CALLS)
-        self._under_way: set[Future[None]] = set()
+        self._async_calls = _AsyncCalls(self._send, slot)
 
     def serve(self) -> None:
         """Loads the functions, then makes calls until the parent is gone."""
-        hello = receive(self._sock)
+        hello = receive(self._stream)
         if not isinstance(hello, Hello):
             return
         try:
@@ -89,58 +93,116 @@ class Child:
             return
         _limit_memory(max((spec.config.memory_gib for spec in hello.specs), default=0.0))
         self._send(event("ready"))
-        threading.Thread(target=self._loop.run_forever, name="async rewards", daemon=True).start()
+        threading.Thread(target=self._async_calls.loop.run_forever, name="async rewards", daemon=True).start()
         threading.Thread(target=self._read_calls, name="calls", daemon=True).start()
+        ended: list[_Ended] = []
         while True:
-            self._call_sync(self._queue.get())
+            if ended and self._queue.empty():
+                self._send(calls_event(ended=ended))
+                ended = []
+            call = self._queue.get()
+            self._send(calls_event(ended=ended, started=[call.id]))
+            ended = [self._call_sync(call)]
 
     def _send(self, line: bytes) -> None:
         with self._send_lock:
             self._sock.sendall(line)
 
     def _read_calls(self) -> None:
-        while isinstance(batch := receive(self._sock), Batch):
+        while isinstance(batch := receive(self._stream), Batch):
             reward = self._rewards[batch.key]
-            for number, answers in batch.calls:
-                call = _Call(number, reward, batch.task, answers, batch.check)
-                if reward.spec.is_async:
-                    future = asyncio.run_coroutine_threadsafe(self._call_async(call), self._loop)
-                    self._under_way.add(future)  # the loop itself keeps no strong reference
-                    future.add_done_callback(self._under_way.discard)
-                else:
+            calls = [_Call(number, reward, batch.task, answers, batch.check) for number, answers in batch.calls]
+            if reward.spec.is_async:
+                self._async_calls.hand_over(calls)
+            else:
+                for call in calls:
                     self._queue.put(call)
         os.killpg(0, signal.SIGKILL)
 
-    def _call_sync(self, call: _Call) -> None:
-        self._send(event("start", call=call.id))
-        started, before = time.perf_counter(), _snapshot(call)
+    def _call_sync(self, call: _Call) -> _Ended:
+        call, before = _guarded(call)
+        started = time.perf_counter()
         try:
             result = call.reward.fn(call.task, _argument(call), **call.reward.kwargs)
             if inspect.isawaitable(result):  # a plain function that returns a coroutine
-                result = asyncio.run_coroutine_threadsafe(_awaited(result), self._loop).result()
+                result = asyncio.run_coroutine_threadsafe(_awaited(result), self._async_calls.loop).result()
             outcomes = _read(call, result)
         except BaseException as error:  # a user's function may fail in any way, SystemExit included
             outcomes = [_failure(error)] * len(call.answers)
-        self._end(call, outcomes, started, before)
+        return _end(call, outcomes, started, before)
 
-    async def _call_async(self, call: _Call) -> None:
-        async with self._turn:
-            self._send(event("start", call=call.id))
-            started, before = time.perf_counter(), _snapshot(call)
-            limit = asyncio.timeout(call.reward.spec.config.timeout_s)
-            try:
-                async with limit:
-                    result = await _Marked(call, self._slot)
-                outcomes = _read(call, result)
-            except BaseException as error:  # as above; nothing cancels these tasks but their own limit
-                failure = Outcome(cause=TIMEOUT) if limit.expired() else _failure(error)
-                outcomes = [failure] * len(call.answers)
-            self._end(call, outcomes, started, before)
 
-    def _end(self, call: _Call, outcomes: Sequence[Outcome], started: float, before: bytes | None) -> None:
-        seconds = time.perf_counter() - started
-        mutated = before is not None and _snapshot(call) != before
-        self._send(end_event(call.id, [replace(o, seconds=seconds, mutated=mutated) for o in outcomes]))
+class _AsyncCalls:
+    """The calls of asynchronous functions, all in one event loop of one thread.
+
+    What begins or ends in one turn of the loop is told in one message. A call is announced before its code runs; if the
+    calls before it hold the loop up, it is announced again: its timeout begins with its code.
+    """
+
+    def __init__(self, send: Callable[[bytes], None], slot: mmap.mmap) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._send, self._slot = send, slot
+        self._waiting: deque[_Call] = deque()
+        self._is_called = False
+        """`_start_waiting` will run."""
+        self._under_way: dict[int, asyncio.Task[None]] = {}
+        self._not_begun: dict[int, float] = {}
+        """When the calls were announced that wait for the loop to run their code."""
+        self._ended: list[_Ended] = []
+        """Not told yet, the oldest of them since `_untold_since`."""
+        self._untold_since = 0.0
+
+    def hand_over(self, calls: Sequence[_Call]) -> None:
+        """Has the calls made as soon as there is room for them; called from another thread."""
+        self._waiting.extend(calls)
+        if not self._is_called:
+            self._is_called = True
+            self.loop.call_soon_threadsafe(self._start_waiting)
+
+    def _start_waiting(self) -> None:
+        """Announces and starts as many calls as there is room for; tells what has ended."""
+        self._is_called = False  # before it looks: what is handed over from now on calls again
+        room = MAX_ASYNC_CALLS - len(self._under_way)
+        calls = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+        if calls or self._ended:
+            self._tell(started=[call.id for call in calls])
+        self._not_begun |= dict.fromkeys((call.id for call in calls), time.perf_counter())
+        for call in calls:  # the loop itself keeps no strong reference to its tasks
+            self._under_way[call.id] = self.loop.create_task(self._call(call))
+
+    def _tell(self, *, started: Sequence[int] = ()) -> None:
+        ended, self._ended = self._ended, []
+        self._send(calls_event(ended=ended, started=started))
+
+    def _on_begin(self, call: _Call) -> None:
+        now = time.perf_counter()
+        if now - self._not_begun.pop(call.id) > TELL_WITHIN_S:
+            self._tell(started=[call.id, *self._not_begun])
+            self._not_begun = dict.fromkeys(self._not_begun, now)
+
+    async def _call(self, call: _Call) -> None:
+        self._on_begin(call)
+        call, before = _guarded(call)
+        started = time.perf_counter()
+        limit = asyncio.timeout(call.reward.spec.config.timeout_s)
+        try:
+            async with limit:
+                result = await _Marked(call, self._slot)
+            outcomes = _read(call, result)
+        except BaseException as error:  # as above; nothing cancels these tasks but their own limit
+            failure = Outcome(cause=TIMEOUT) if limit.expired() else _failure(error)
+            outcomes = [failure] * len(call.answers)
+        self._on_end(call, _end(call, outcomes, started, before))
+
+    def _on_end(self, call: _Call, ended: _Ended) -> None:
+        now = time.perf_counter()
+        if not self._ended:
+            self._untold_since = now
+            self.loop.call_soon(self._start_waiting)
+        del self._under_way[call.id]
+        self._ended.append(ended)
+        if now - self._untold_since > TELL_WITHIN_S:
+            self._tell()
 
 
 class _Marked:
@@ -175,6 +237,12 @@ class _Marked:
         self._slot[:] = number.to_bytes(SLOT_BYTES, "little")
 
 
+def _end(call: _Call, outcomes: Sequence[Outcome], started: float, before: bytes | None) -> _Ended:
+    seconds = time.perf_counter() - started
+    mutated = before is not None and _is_changed(call, before)
+    return call.id, [replace(outcome, seconds=seconds, mutated=mutated) for outcome in outcomes]
+
+
 async def _awaited(result: Awaitable[Any]) -> Any:
     return await result
 
@@ -203,11 +271,31 @@ def _failure(error: BaseException) -> Outcome:
         return Outcome(cause=str(error))
     if isinstance(error, MemoryError):
         return Outcome(cause=MEMORY)
-    return Outcome(cause=type(error).__name__, detail="".join(traceback.format_exception(error))[-MAX_DETAIL:])
+    return Outcome(cause=type(error).__name__, detail=_traceback(error)[-MAX_DETAIL:])
 
 
-def _snapshot(call: _Call) -> bytes | None:
-    return pickle.dumps((call.task, call.answers)) if call.check else None
+def _traceback(error: BaseException) -> str:
+    """Without this file's frames, which say nothing about the function."""
+    rest = error.__traceback__
+    while rest is not None and rest.tb_frame.f_code.co_filename == __file__:
+        rest = rest.tb_next
+    return "".join(traceback.format_exception(type(error), error, rest))
+
+
+def _guarded(call: _Call) -> tuple[_Call, bytes | None]:
+    """For a call whose changes are looked for: with a copy of task and answers, which it shares with no other call, and
+    what that copy looks like; else the call itself."""
+    if not call.check:
+        return call, None
+    task, answers = pickle.loads(pickle.dumps((call.task, call.answers)))
+    return replace(call, task=task, answers=answers), pickle.dumps((task, answers))
+
+
+def _is_changed(call: _Call, before: bytes) -> bool:
+    try:
+        return pickle.dumps((call.task, call.answers)) != before
+    except Exception:  # what was put into it cannot be pickled
+        return True
 
 
 def _limit_memory(gib: float) -> None:

@@ -30,6 +30,9 @@ _CACHED_GOLDS, _CACHED_ANSWERS = 20_000, 4096
 
 _NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?([eE][+-]?\d{1,4})?")
 _FRACTION = re.compile(r"([+-]?)\\[dt]?frac\{?(\d{1,40})\}?\{?(\d{1,40})\}?|([+-]?)(\d{1,40})/(\d{1,40})")
+_LIST = re.compile(r"(\\\{(.*,.*)\\\})|([(\[])(.*,.*)([)\]])")
+_BRACES = r"\{\}"
+_GROUPED_DIGITS = re.compile(r"(?<!\d)\d{1,3},\d{3}(?!\d)")
 _WORD = re.compile(r"[^\W\d_]{2,}([ '-][^\W\d_]+)*")
 _BINOMIAL = re.compile(r"\\[dt]?binom\s*\{?\s*(\d+)")
 _TOWER = re.compile(r"(?:\^[\s{(]*[^\s^{}()]{0,20})+")
@@ -98,6 +101,8 @@ def same_answer(gold: str, got: str, exact: bool = True) -> bool:
     other = _plain_number(theirs)
     if number is not None and other is not None:
         return _same_number(number, other, "." in mine + theirs)
+    if (verdict := _same_plain_list(mine, theirs)) is not None:
+        return verdict
     if _WORD.fullmatch(_TEXT_WRAPPERS.sub(r"\1", gold).strip(" $.")):
         return _TEXT_WRAPPERS.sub(r"\1", mine).casefold() == _TEXT_WRAPPERS.sub(r"\1", theirs).casefold()
     if exact and _WORD.fullmatch(got.strip(" $.")):
@@ -129,6 +134,30 @@ def _plain_number(text: str) -> Fraction | None:
 
 def _same_number(a: Fraction, b: Fraction, decimal: bool) -> bool:
     return a == b or (decimal and abs(a - b) <= Fraction(1, 10**6))
+
+
+def _same_plain_list(mine: str, theirs: str) -> bool | None:
+    """For two sets, two tuples or two intervals of plain numbers, which need no parser; None for anything else."""
+    (brackets, numbers), (other_brackets, others) = _plain_list(mine), _plain_list(theirs)
+    decimal = "." in mine + theirs
+    if not numbers or not others or brackets != other_brackets or (decimal and brackets == _BRACES):
+        return None
+    if brackets == _BRACES:
+        return sorted(numbers) == sorted(others)
+    return len(numbers) == len(others) and all(
+        _same_number(a, b, decimal) for a, b in zip(numbers, others, strict=True)
+    )
+
+
+def _plain_list(text: str) -> tuple[str, list[Fraction]]:
+    """Brackets and numbers; no numbers for anything else, or where a comma may group digits."""
+    match = _LIST.fullmatch(text)
+    if match is None or _GROUPED_DIGITS.search(text):
+        return "", []
+    values = [_plain_number(element) for element in (match[2] or match[4]).split(",")]
+    numbers = [value for value in values if value is not None]
+    brackets = _BRACES if match[2] else match[3] + match[5]
+    return brackets, numbers if len(numbers) == len(values) else []
 
 
 def _compare(gold: str, got: str, exact: bool) -> bool:

@@ -63,21 +63,21 @@ class RewardPool:
         Raises:
             RewardError: a worker cannot load its functions any more.
         """
-        parts = self._split(spec, tuple(answers))
-        done = await asyncio.gather(*(self._run_on_one(Job(spec.key, task, part, check)) for part in parts))
+        key = spec.key
+        parts = self._split(spec, self._seconds.get(key, 0.0), tuple(answers))
+        done = await asyncio.gather(*(self._run_on_one(Job(key, task, part, check)) for part in parts))
         outcomes = [outcome for part in done for outcome in part]
         for outcome in outcomes:
-            before = self._seconds.get(spec.key, outcome.seconds)
-            self._seconds[spec.key] = before + _NEWEST_SHARE * (outcome.seconds - before)
+            before = self._seconds.get(key, outcome.seconds)
+            self._seconds[key] = before + _NEWEST_SHARE * (outcome.seconds - before)
         return outcomes
 
     async def close(self) -> None:
         """Ends every worker."""
         await asyncio.gather(*(seat.worker.close() for seat in self._seats))
 
-    def _split(self, spec: RewardSpec, answers: tuple[Answer, ...]) -> list[tuple[Answer, ...]]:
-        is_quick = self._seconds.get(spec.key, 0.0) <= SPREAD_ABOVE_S
-        if spec.per_group or spec.is_async or is_quick or len(self._seats) == 1:
+    def _split(self, spec: RewardSpec, seconds: float, answers: tuple[Answer, ...]) -> list[tuple[Answer, ...]]:
+        if spec.per_group or spec.is_async or seconds <= SPREAD_ABOVE_S or len(self._seats) == 1:
             return [answers]
         return [(answer,) for answer in answers]
 

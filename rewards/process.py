@@ -49,6 +49,7 @@ class RewardProcess:
         self.on_flood: Callable[[], None] = lambda: None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._last_words = b""
+        self._unsent: list[bytes] = []
         self._launch(specs, cwd)
         self.closed = asyncio.create_task(self._watch(), name=f"reward process {self.pid}")
 
@@ -86,8 +87,15 @@ class RewardProcess:
             ) from None
 
     def send(self, batch: Batch) -> None:
-        """Hands calls over; a process that is dying loses them, and its owner sends them to the next one."""
-        self._writer.write(encode(batch))
+        """Hands calls over, those of one turn of the event loop together; a process that is dying loses them, and its
+        owner sends them to the next one."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(encode(batch))
+
+    def _flush(self) -> None:
+        self._writer.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     def kill(self) -> None:
         """Ends the process, its process group, and all that descends from it."""

@@ -13,6 +13,7 @@ Not covered: a process that the function put into a session of its own outlives 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from rewards.load import RewardError, RewardSpec
 from rewards.outcome import FLOODED, MEMORY, TIMEOUT, Outcome
 from rewards.process import RewardProcess, describe_exit
 from rewards.types import Answer
-from rewards.wire import Batch, read_outcomes
+from rewards.wire import Batch, read_calls
 from rollout.types import Task
 
 ASYNC_GRACE_S = 2.0
@@ -44,22 +45,29 @@ class Job:
 
 
 @dataclass(slots=True, eq=False)
+class _Asked:
+    """A job on its way: `done` when all of its calls have ended."""
+
+    job: Job
+    done: asyncio.Future[None]
+    num_open: int
+
+
+@dataclass(slots=True, eq=False)
 class _Call:
     """One call of the function: one answer, or all of them if it is per group."""
 
     id: int
-    job: Job
+    asked: _Asked
     spec: RewardSpec
     answers: tuple[Answer, ...]
-    done: asyncio.Future[tuple[Outcome, ...]]
-    started: bool = False
-    timer: asyncio.TimerHandle | None = None
+    deadline: float = math.inf
+    """Loop time; infinite while it has not begun."""
+    outcomes: tuple[Outcome, ...] = ()
 
-    def end(self, outcomes: tuple[Outcome, ...]) -> None:
-        if self.timer is not None:
-            self.timer.cancel()
-        if not self.done.done():
-            self.done.set_result(outcomes)
+    @property
+    def started(self) -> bool:
+        return self.deadline < math.inf
 
 
 class RewardWorker:
@@ -79,6 +87,8 @@ class RewardWorker:
         self._idle_deaths = 0
         self._suspects: list[_Call] = []
         self._verdict: tuple[str, list[_Call]] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        """Rings at the earliest deadline, or before; one for all calls, since most end long before theirs."""
         self._process: RewardProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self.num_restarts = 0
@@ -105,11 +115,15 @@ class RewardWorker:
             raise RewardError("rewards: the reward worker was closed")
         spec = self._specs[job.key]
         parts = [job.answers] if spec.per_group else [(answer,) for answer in job.answers]
-        calls = [self._new_call(job, spec, answers) for answers in parts]
+        asked = _Asked(job, asyncio.get_running_loop().create_future(), len(parts))
+        calls = [self._new_call(asked, spec, answers) for answers in parts]
         if not self._suspects:
             self._send(calls)
-        outcomes = await asyncio.gather(*(call.done for call in calls))
-        return [outcome for call_outcomes in outcomes for outcome in call_outcomes]
+        try:
+            await asked.done
+        finally:
+            self._forget(calls)
+        return [outcome for call in calls for outcome in call.outcomes]
 
     async def is_alive(self) -> bool:
         """Answers as long as this process does."""
@@ -117,6 +131,7 @@ class RewardWorker:
 
     async def close(self) -> None:
         """Ends the child and everything it started."""
+        self._stop_alarm()
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -124,36 +139,42 @@ class RewardWorker:
             self._process.kill()
             await self._process.closed
 
-    def _new_call(self, job: Job, spec: RewardSpec, answers: tuple[Answer, ...]) -> _Call:
-        call = _Call(self._next_id, job, spec, answers, asyncio.get_running_loop().create_future())
+    def _new_call(self, asked: _Asked, spec: RewardSpec, answers: tuple[Answer, ...]) -> _Call:
+        call = _Call(self._next_id, asked, spec, answers)
         self._pending[call.id] = call
-        call.done.add_done_callback(lambda _: self._forget(call))
         self._next_id += 1
         return call
 
-    def _forget(self, call: _Call) -> None:
-        del self._pending[call.id]
-        if call in self._suspects:
-            self._suspects.remove(call)
-            self._send(self._next_calls())
+    def _end(self, call: _Call, outcomes: tuple[Outcome, ...]) -> None:
+        call.outcomes = outcomes
+        asked = call.asked
+        asked.num_open -= 1
+        if asked.num_open == 0 and not asked.done.done():
+            asked.done.set_result(None)
+        self._forget([call])
 
-    def _live(self) -> list[_Call]:
-        return [call for call in self._pending.values() if not call.done.done()]
+    def _forget(self, calls: Iterable[_Call]) -> None:
+        """Strikes off calls that have ended, or that nobody waits for any more; the next suspect's turn may come."""
+        for call in calls:
+            self._pending.pop(call.id, None)
+        on_trial = self._suspects[:1]
+        self._suspects = [suspect for suspect in self._suspects if suspect.id in self._pending]
+        if on_trial and self._suspects[:1] != on_trial:
+            self._send(self._next_calls())
 
     def _next_calls(self) -> list[_Call]:
         """What the child may be given: one suspect alone, else everything."""
-        return self._suspects[:1] or self._live()
+        return self._suspects[:1] or list(self._pending.values())
 
     def _send(self, calls: Iterable[_Call]) -> None:
         """Hands calls to the child, those of one job together; without a child they stay pending."""
         if self._process is None:
             return
-        by_job: dict[int, list[_Call]] = {}
+        by_job: dict[_Asked, list[_Call]] = {}
         for call in calls:
-            by_job.setdefault(id(call.job), []).append(call)
-        for of_job in by_job.values():
-            job = of_job[0].job
-            parts = tuple((call.id, call.answers) for call in of_job)
+            by_job.setdefault(call.asked, []).append(call)
+        for asked, of_job in by_job.items():
+            job, parts = asked.job, tuple((call.id, call.answers) for call in of_job)
             self._process.send(Batch(job.key, job.task, parts, job.check))
 
     async def _supervise(self) -> None:
@@ -168,8 +189,9 @@ class RewardWorker:
                 self.num_restarts += 1
                 self._send(self._next_calls())
         except RewardError as error:
-            for call in self._live():
-                call.done.set_exception(error)
+            for asked in {call.asked for call in self._pending.values()}:
+                if not asked.done.done():
+                    asked.done.set_exception(error)
             raise
 
     async def _new_process(self) -> RewardProcess:
@@ -184,22 +206,46 @@ class RewardWorker:
         return process
 
     def _on_event(self, event: dict[str, Any]) -> None:
-        call = self._pending.get(event["call"])
-        if call is None:  # condemned or cancelled in the meantime
-            return
-        if event["event"] == "start":
-            self._on_start(call)
-        else:
-            self._on_end(call, read_outcomes(event))
+        """Calls that are not pending were condemned, or cancelled, in the meantime."""
+        ended, started = read_calls(event)
+        for number, outcomes in ended:
+            if (call := self._pending.get(number)) is not None:
+                self._on_end(call, outcomes)
+        for number in started:
+            if (call := self._pending.get(number)) is not None:
+                self._on_start(call)
 
     def _on_start(self, call: _Call) -> None:
-        call.started = True
         limit = call.spec.config.timeout_s + (ASYNC_GRACE_S if call.spec.is_async else 0.0)
-        call.timer = asyncio.get_running_loop().call_later(limit, self._condemn, TIMEOUT, call)
+        call.deadline = asyncio.get_running_loop().time() + limit
+        if self._alarm is None or call.deadline < self._alarm.when():
+            self._set_alarm(call.deadline)
+
+    def _set_alarm(self, when: float) -> None:
+        self._stop_alarm()
+        self._alarm = asyncio.get_running_loop().call_at(when, self._ring)
+
+    def _stop_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = None
+
+    def _ring(self) -> None:
+        """Condemns the call whose deadline has passed; if it has ended in time, waits for the next one's."""
+        self._alarm = None
+        first = min(
+            (call for call in self._pending.values() if call.started), key=lambda call: call.deadline, default=None
+        )
+        if first is None:
+            return
+        if first.deadline <= asyncio.get_running_loop().time():
+            self._condemn(TIMEOUT, first)
+        else:
+            self._set_alarm(first.deadline)
 
     def _on_end(self, call: _Call, outcomes: tuple[Outcome, ...]) -> None:
         self._idle_deaths = 0
-        call.end(outcomes)
+        self._end(call, outcomes)
         if self._process is None:
             return
         self._process.num_output_bytes = 0
@@ -225,7 +271,7 @@ class RewardWorker:
     def _under_way(self, process: RewardProcess) -> list[_Call]:
         """Those whose code may have been running: the started synchronous call, the marked asynchronous one; without
         either, every started one."""
-        started = [call for call in self._live() if call.started]
+        started = [call for call in self._pending.values() if call.started]
         running = [c for c in started if not c.spec.is_async or c.id == process.running_async_call]
         return running or started
 
@@ -235,17 +281,17 @@ class RewardWorker:
         self._verdict = None
         if not culprits and not condemned:
             self._count_idle_death(process)
-        if len(culprits) == 1:
-            (call,) = culprits
-            seconds = call.spec.config.timeout_s if cause == TIMEOUT else 0.0
-            outcome = Outcome(cause=cause, detail=process.last_words, seconds=seconds)
-            call.end((outcome,) * len(call.answers))
-        elif culprits:
-            self._suspects = culprits
-        for call in self._live():
-            call.started = False
-            if call.timer is not None:
-                call.timer.cancel()
+        not_ended = [call for call in culprits if call.id in self._pending]
+        if len(culprits) > 1:
+            self._suspects = not_ended
+        else:
+            for call in not_ended:
+                seconds = call.spec.config.timeout_s if cause == TIMEOUT else 0.0
+                outcome = Outcome(cause=cause, detail=process.last_words, seconds=seconds)
+                self._end(call, (outcome,) * len(call.answers))
+        self._stop_alarm()
+        for call in self._pending.values():
+            call.deadline = math.inf
 
     def _count_idle_death(self, process: RewardProcess) -> None:
         self._idle_deaths += 1

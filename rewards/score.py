@@ -10,9 +10,8 @@ import asyncio
 import json
 import logging
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +23,7 @@ from rollout.types import Completion, Group, Task
 
 logger = logging.getLogger(__name__)
 
-_TOOL_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_CALL_OPEN, _CALL_CLOSE = "<tool_call>", "</tool_call>"
 
 
 class RewardRunner(Protocol):
@@ -116,22 +115,31 @@ def breakdown(specs: Sequence[RewardSpec], columns: Sequence[Sequence[Outcome]])
     absent."""
     table: dict[str, np.ndarray] = {}
     for spec, column in zip(specs, columns, strict=True):
-        table[spec.name] = np.full(len(column), np.nan)
+        table[spec.name] = np.array([outcome.value for outcome in column], np.float64)
         for sample, outcome in enumerate(column):
-            parts: Mapping[str, float] = {spec.name: outcome.value}
-            parts |= {f"{spec.name}/{part}": value for part, value in outcome.parts.items()}
-            for name, value in parts.items():
-                table.setdefault(name, np.full(len(column), np.nan))[sample] = value
+            for part, value in outcome.parts.items():
+                name = f"{spec.name}/{part}"
+                if name not in table:
+                    table[name] = np.full(len(column), np.nan)
+                table[name][sample] = value
     return table
 
 
 def _tool_calls(text: str) -> tuple[Mapping[str, Any], ...]:
     calls = []
-    for block in _TOOL_CALL.findall(text):
+    for block in _call_blocks(text):
         try:
             call = json.loads(block)
-        except ValueError:
+        except (ValueError, RecursionError):  # brackets nested a thousand deep
             continue
         if isinstance(call, dict) and isinstance(call.get("name"), str):
             calls.append({"name": call["name"], "arguments": call.get("arguments", {})})
     return tuple(calls)
+
+
+def _call_blocks(text: str) -> Iterator[str]:
+    """From each opening to the next closing; in time proportional to the text, whatever a policy repeats."""
+    end = 0
+    while (start := text.find(_CALL_OPEN, end)) >= 0 and (close := text.find(_CALL_CLOSE, start)) >= 0:
+        yield text[start + len(_CALL_OPEN) : close]
+        end = close + len(_CALL_CLOSE)

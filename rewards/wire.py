@@ -4,19 +4,19 @@ Parent to child: length-prefixed pickles of `Hello`, once, then `Batch`es. Child
 that nothing a reward function does to its process can run code in the parent. Every event carries what it is about:
 
     {"event": "ready"} | {"event": "refused", "message": ...}
-    {"event": "start", "call": 7}
-    {"event": "end", "call": 7, "results": [{"value": ..., "parts": ..., "cause": ..., ...}, ...]}
+    {"event": "calls", "ended": [[7, [{"value": ..., "parts": ..., "cause": ..., ...}, ...]], ...], "started": [8, ...]}
+
+What happens together is told in one line: a line is a wake-up for the parent, on a core that is busy generating.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
-import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, BinaryIO
 
 from rewards.load import RewardSpec
 from rewards.outcome import Outcome
@@ -51,11 +51,14 @@ def encode(message: Hello | Batch) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def receive(sock: socket.socket) -> Hello | Batch | None:
+def receive(stream: BinaryIO) -> Hello | Batch | None:
     """The next message from the parent, or None when the parent is gone."""
-    head = _receive_exactly(sock, _LENGTH.size)
-    body = None if head is None else _receive_exactly(sock, _LENGTH.unpack(head)[0])
-    return None if body is None else pickle.loads(body)
+    head = stream.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    (size,) = _LENGTH.unpack(head)
+    body = stream.read(size)
+    return pickle.loads(body) if len(body) == size else None
 
 
 def event(name: str, **values: Any) -> bytes:
@@ -63,21 +66,21 @@ def event(name: str, **values: Any) -> bytes:
     return json.dumps({"event": name, **values}).encode() + b"\n"
 
 
-def end_event(call: int, outcomes: Sequence[Outcome]) -> bytes:
-    """The line that ends a call."""
-    return event("end", call=call, results=[asdict(outcome) for outcome in outcomes])
+def calls_event(*, started: Sequence[int] = (), ended: Sequence[tuple[int, Sequence[Outcome]]] = ()) -> bytes:
+    """The line that says which calls have ended, with one outcome per answer, and which begin now."""
+    results = [(number, [_set_fields(outcome) for outcome in outcomes]) for number, outcomes in ended]
+    return event("calls", ended=results, started=started)
 
 
-def read_outcomes(line: dict[str, Any]) -> tuple[Outcome, ...]:
-    """The outcomes of an `end` event, one per answer of its call."""
-    return tuple(Outcome(**result) for result in line["results"])
+def read_calls(line: dict[str, Any]) -> tuple[list[tuple[int, tuple[Outcome, ...]]], list[int]]:
+    """What `calls_event` was given: the ended calls with their outcomes, then the ids of the started ones."""
+    ended = [(number, tuple(Outcome(**result) for result in results)) for number, results in line["ended"]]
+    return ended, line["started"]
 
 
-def _receive_exactly(sock: socket.socket, size: int) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < size:
-        part = sock.recv(min(size - len(parts), 1 << 20))
-        if not part:
-            return None
-        parts += part
-    return bytes(parts)
+_UNSET = Outcome()
+_FIELDS = tuple(field.name for field in fields(Outcome))
+
+
+def _set_fields(outcome: Outcome) -> dict[str, Any]:
+    return {name: value for name in _FIELDS if (value := getattr(outcome, name)) != getattr(_UNSET, name)}

@@ -32,6 +32,7 @@ OWNED = "keel"
 MAX_BACKOFF_S = 30.0
 MAX_RETRY_AFTER_S = 120.0
 """A server that asks for a longer pause is taken at this much."""
+CHECK_TIMEOUT_S = 20.0
 _RETRIED_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 
 
@@ -183,22 +184,40 @@ class Judge:
         return _channels[key]
 
 
+def check_endpoint(endpoint: str) -> None:
+    """Asks whether anything answers there, whatever it says.
+
+    Raises:
+        JudgeError: it is no URL, or nothing does.
+    """
+    trust_env, verify = _reach(endpoint)
+    try:
+        with httpx.Client(timeout=CHECK_TIMEOUT_S, trust_env=trust_env, verify=verify) as http:
+            http.get(f"{endpoint.rstrip('/')}/models")
+    except httpx.TransportError as error:
+        raise JudgeError(
+            f"judge at {endpoint}: nothing answers there ({type(error).__name__}: {error}): start it, with "
+            "`keel judge MODEL` for example, or correct the endpoint"
+        ) from None
+
+
 def _open_channel(endpoint: str, concurrency: int) -> _Channel:
+    trust_env, verify = _reach(endpoint)
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    # No timeout here: every request has its own.
+    http = httpx.AsyncClient(limits=limits, timeout=None, trust_env=trust_env, verify=verify)
+    return _Channel(http, Slots(endpoint, concurrency))
+
+
+def _reach(endpoint: str) -> tuple[bool, bool]:
+    """Whether a proxy from the environment counts, and whether certificates do; raises JudgeError if it is no URL."""
     url = urlsplit(endpoint)
     if url.scheme not in ("http", "https") or not url.hostname:
         owned = endpoint.partition(":")[0] == OWNED
         why = "is a server that only a run starts: start `keel judge MODEL`" if owned else "is not a URL"
         raise JudgeError(f"endpoint {endpoint!r} {why}; give a URL like http://127.0.0.1:8199/v1")
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    # A proxy from the environment is for the world outside, not for a server on this machine.
-    outside = url.hostname not in ("localhost", "127.0.0.1", "::1")
-    http = httpx.AsyncClient(
-        limits=limits,
-        timeout=None,  # every request has its own
-        trust_env=outside,
-        verify=url.scheme == "https",  # else certificates are loaded for nothing, which takes a while
-    )
-    return _Channel(http, Slots(endpoint, concurrency))
+    # A proxy is for the world outside, not for a server on this machine; certificates take a while to load.
+    return url.hostname not in ("localhost", "127.0.0.1", "::1"), url.scheme == "https"
 
 
 def _retry_after(response: httpx.Response) -> float:

@@ -17,13 +17,16 @@ from rewards.judge.schema import Criterion, Rubric
 from rewards.types import Answer
 from rollout.types import Task
 
-PROMPT_VERSION = "1"
+PROMPT_VERSION = "2"
 """Part of the cache key: change it with every change to a prompt or to `defuse`."""
 
 Messages = list[dict[str, str]]
 
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
-"""Controls, zero-width marks, direction overrides and tag characters: they hide text or split a token in two."""
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f\u200b\u2060\ufeff\u202a-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
+"""Controls, zero-width marks, direction overrides and tag characters, which hide text or split a token in two; halves
+of surrogate pairs, which cannot be sent."""
 _SPECIAL = re.compile(
     r"<\|[^<>\s]{1,64}\|>"  # <|im_start|>, <|eot_id|>, <|endoftext|>
     r"|<\uff5c[^<>\s]{1,64}\uff5c>"  # DeepSeek's full-width bars

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 _POLL_S = 0.02
-"""A few per cent of the fastest judge's reply; only as many callers per process poll as there are slots."""
+"""A few per cent of the fastest judge's reply; of all callers in a process one polls, the first in line."""
 
 
 class Slots:
@@ -29,12 +29,14 @@ class Slots:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._count = count
         self._here = asyncio.Semaphore(count)
+        self._first_in_line = asyncio.Lock()
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[None]:
         """Waits for a free slot and keeps it for the block."""
         async with self._here:
-            slot = await self._acquire()
+            async with self._first_in_line:
+                slot = await self._acquire()
             try:
                 yield
             finally:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from rewards.types import Abstain, Answer, RewardResult
 from rollout.types import Task
 
+BUSY_S = 0.2
 HOARD: list[bytearray] = []
 
 
@@ -82,6 +84,12 @@ async def misbehave_later(task: Task, answer: Answer) -> Any:
     return misbehave(task, answer)
 
 
+async def busy_later(task: Task, answer: Answer) -> float:
+    """Works instead of waiting, and lets no other call run meanwhile."""
+    time.sleep(1000 if answer.text == "block" else BUSY_S)
+    return 1.0
+
+
 def where(task: Task, answer: Answer) -> dict[str, float]:
     return {"pid": os.getpid(), "session": os.getsid(0)}
 
@@ -105,6 +113,16 @@ def rank(task: Task, answers: Sequence[Answer]) -> list[Any]:
 def mutating(task: Task, answer: Answer) -> float:
     task.fields["seen"] = task.fields.get("seen", 0) + 1  # pyright: ignore[reportIndexIssue]
     return 1.0
+
+
+def poisoning(task: Task, answer: Answer) -> float:
+    before = len(task.fields)
+    task.fields["lock"] = threading.Lock()  # pyright: ignore[reportIndexIssue]
+    return float(before)
+
+
+async def poisoning_later(task: Task, answer: Answer) -> float:
+    return poisoning(task, answer)
 
 
 def counting(task: Task, answer: Answer) -> float:

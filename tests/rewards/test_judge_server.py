@@ -18,10 +18,12 @@ import pytest
 
 from grpo.config import ConfigError, TrainConfig, load_config
 from grpo.judge import JudgeServerError, ServerOptions, judge_server, owned_judges, report
+from rewards.judge.client import JudgeError
 from rewards.judge.settings import Access, Sampling
 from rewards.rubric_judge import rubric_compare, rubric_judge
 from rewards.types import RewardResult
 from tests.rewards.judge_cases import CRITERIA, TASK, answer
+from tests.rewards.scripted_endpoint import Step, scripted
 from tests.tiny_models import make_qwen3
 from tests.toy import write_run, write_tokenizer
 
@@ -112,9 +114,21 @@ def run_file(folder: Path, kwargs: dict[str, object]) -> TrainConfig:
 
 
 def test_run_without_own_judges_stays_as_it_is(tmp_path: Path) -> None:
-    config = run_file(tmp_path, {"endpoint": "http://127.0.0.1:1/v1", "model": "m"})
-    with owned_judges(config) as same:
-        assert same is config
+    with scripted(Step()) as endpoint:
+        config = run_file(tmp_path, {"endpoint": endpoint.url, "model": "m"})
+        with owned_judges(config) as same:
+            assert same is config
+        assert endpoint.bodies == [], "it was asked for a verdict"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("http://127.0.0.1:1/v1", "nothing answers there .*start it"), ("127.0.0.1:1", "is not a URL")],
+)
+def test_a_judge_that_is_down_is_found_before_anything_starts(tmp_path: Path, url: str, message: str) -> None:
+    config = run_file(tmp_path, {"endpoint": url, "model": "m"})
+    with pytest.raises(JudgeError, match=message), owned_judges(config):
+        raise AssertionError("started")
 
 
 def test_own_judge_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -53,6 +54,8 @@ def test_a_switch_within_a_sentence_is_seen_where_the_writing_changes() -> None:
         f"> {GERMAN}",
         f'He said: "{GERMAN}"',
         f"\N{LEFT DOUBLE QUOTATION MARK}{CHINESE}\N{RIGHT DOUBLE QUOTATION MARK}",
+        f"\N{LEFT SINGLE QUOTATION MARK}{GERMAN}\N{RIGHT SINGLE QUOTATION MARK}",
+        f"\\begin{{align*}}\nx &= 1 \\text{{{GERMAN}}}\n\\end{{align*}}",
         r"\[ \text{wenn die Summe der beiden Zahlen gerade ist und sonst nicht} \]",
         r"$\text{wenn die Summe der beiden Zahlen gerade ist und sonst nicht}$",
         "https://beispiel.example/das/ist/eine/lange/adresse/mit/deutschen/woertern",
@@ -60,6 +63,15 @@ def test_a_switch_within_a_sentence_is_seen_where_the_writing_changes() -> None:
 )
 def test_code_formulas_and_quotations_are_left_out(foreign: str) -> None:
     assert share(f"{ENGLISH}\n\n{foreign}") == 1.0
+
+
+@pytest.mark.parametrize(
+    "repeated", ["\\[", "\\(", "\\begin{a}", "$", "```", '"', "<", "\N{DOUBLE LOW-9 QUOTATION MARK}", "\u7684a"]
+)
+def test_a_completion_that_repeats_itself_is_judged_in_time(repeated: str) -> None:
+    started = time.monotonic()
+    share(repeated * (100_000 // len(repeated)))
+    assert time.monotonic() - started < 10
 
 
 def test_short_text_counts_as_consistent() -> None:

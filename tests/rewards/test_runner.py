@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 
+from rewards.child import MAX_ASYNC_CALLS
 from rewards.config import RewardConfig
 from rewards.load import RewardError, RewardSpec, load_reward
 from rewards.outcome import Outcome
 from rewards.pool import RewardPool
-from rewards.runner import Job, RewardWorker
+from rewards.runner import ASYNC_GRACE_S, Job, RewardWorker
 from rewards.types import Answer
 from rollout.types import FinishReason, Task
+from tests.rewards.hostile_rewards import BUSY_S
 
 T = TypeVar("T")
 TASK = Task("t", "math", "?", "7", {})
@@ -152,11 +154,43 @@ def test_mutation_is_seen_and_never_reaches_the_caller() -> None:
     assert not any(outcome.mutated for outcome in judge(spec_of("measured"), "x", check=True))
 
 
+@pytest.mark.parametrize("name", ["poisoning", "poisoning_later"])
+def test_where_mutation_is_looked_for_no_call_sees_another_ones(name: str) -> None:
+    """What it puts in cannot even be pickled."""
+    outcomes = judge(spec_of(name), "x", "y", check=True)
+    assert said(outcomes) == [0.0, 0.0] and all(outcome.mutated for outcome in outcomes)
+
+
+def test_a_traceback_begins_in_the_function() -> None:
+    for name in ("misbehave", "misbehave_later"):
+        (outcome,) = judge(spec_of(name), "raise")
+        assert "in misbehave" in outcome.detail and "child.py" not in outcome.detail
+
+
 def test_async_calls_of_one_worker_overlap() -> None:
     spec = spec_of("one_second")
     started = time.perf_counter()
     assert said(judge(spec, *"a" * 64)) == [1.0] * 64
     assert time.perf_counter() - started < 10, "one after the other they take 64 s"
+
+
+def test_more_async_calls_than_may_run_at_a_time_wait_their_turn() -> None:
+    spec = spec_of("one_second", timeout_s=2)
+    started = time.perf_counter()
+    assert said(judge(spec, *"a" * (2 * MAX_ASYNC_CALLS + 1))) == [1.0] * (2 * MAX_ASYNC_CALLS + 1)
+    assert time.perf_counter() - started >= 3, "they ran all at once"
+
+
+def test_calls_that_hold_the_event_loop_up_have_their_whole_timeout_each() -> None:
+    timeout_s, num_calls = 0.5, 14
+    assert num_calls * BUSY_S > timeout_s + ASYNC_GRACE_S
+    assert said(judge(spec_of("busy_later", timeout_s=timeout_s), *"a" * num_calls)) == [1.0] * num_calls
+
+
+def test_a_blocking_call_costs_no_other_call_its_sample_or_its_time() -> None:
+    outcomes = judge(spec_of("busy_later", timeout_s=1), "a", "block", "b", "c")
+    assert said(outcomes) == [1.0, "timeout", 1.0, 1.0]
+    assert all(outcome.seconds < 1 for outcome in outcomes if outcome.ok)
 
 
 def test_slow_sync_calls_are_spread_over_the_workers() -> None:

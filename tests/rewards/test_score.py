@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,16 @@ def test_a_chat_answer_carries_its_conversation_and_tool_calls() -> None:
     assert answer.tool_calls == ({"name": "add", "arguments": {"a": 1}},)
     plain = make_answer(Task("t", "d", "?"), text, 9, FinishReason.STOP)
     assert plain.messages == plain.tool_calls == ()
+
+
+def test_no_chat_answer_keeps_the_run_waiting_or_ends_it() -> None:
+    task = Task("t", "agent", ({"role": "user", "content": "add"},))
+    deep = f"<tool_call>{'[' * 100_000}</tool_call>"
+    call = '<tool_call>{"name": "add"}</tool_call>'
+    started = time.monotonic()
+    answer = make_answer(task, f"{deep}{call}{'<tool_call>' * 30_000}", 9, FinishReason.STOP)
+    assert time.monotonic() - started < 1
+    assert answer.tool_calls == ({"name": "add", "arguments": {}},)
 
 
 def dropped(num_valid: int, num_dropped: int, cause: str = "slow: timeout", task: str = "train:7") -> ScoredGroup:
