@@ -71,7 +71,7 @@ def _hand_over(master: nn.Parameter, copy: Tensor) -> None:
         return
     total = torch.empty_like(master) if master.grad is None else master.grad
     if gradient.is_cuda and gradient.is_contiguous():
-        from grpo import pointwise  # Triton comes with CUDA builds of torch only
+        from grpo.layers import pointwise  # Triton comes with CUDA builds of torch only
 
         pointwise.accumulate(total, gradient, add=master.grad is not None)
     elif master.grad is None:

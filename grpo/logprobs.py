@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo.attention import attention_kwargs
 from grpo.batch import TrainBatch
-from grpo.head import Supports
+from grpo.layers.attention import attention_kwargs
+from grpo.layers.head import Supports
 from grpo.model import PolicyModel
 from stability import keep_routing
 

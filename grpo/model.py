@@ -21,10 +21,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from grpo import experts, fused_layers
-from grpo.attention import AttentionMode
 from grpo.compute_copies import ComputeCopies
-from grpo.head import SupportHead
+from grpo.layers import decoder, experts
+from grpo.layers.attention import AttentionMode
+from grpo.layers.head import SupportHead
 from grpo.model_check import check_packing, check_replay, choose_attention
 from stability import keep_routing as routing_replay
 
@@ -77,7 +77,7 @@ def prepare_policy(
         parameter.requires_grad_(trainable and ".indexer." not in name)  # an indexer has no gradient path
     experts.install(module)
     attention = choose_attention(module)
-    fused_layers.install(module)
+    decoder.install(module)
     routing = routing_replay.install(module) if keep_routing else None
     if gradient_checkpointing and trainable:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.attention import MODES, AttentionMode, attention_kwargs, set_attention
-from grpo.head import Supports
+from grpo.layers.attention import MODES, AttentionMode, attention_kwargs, set_attention
+from grpo.layers.head import Supports
 from stability.keep_routing import decoder_layers
 
 if TYPE_CHECKING:

@@ -33,8 +33,16 @@ def sequence_mask(
         (0 for a sample without sampled tokens); both of the log-probabilities' dtype and without gradient.
     """
     log_ratio = behavior_logprobs - policy_logprobs
-    total = log_ratio.new_zeros(len(advantages)).index_add_(0, sample_ids, log_ratio)
+    total = _sum_by_sample(log_ratio, sample_ids, len(advantages))
     count = log_ratio.new_zeros(len(advantages)).index_add_(0, sample_ids, torch.ones_like(log_ratio))
     drift = total / count.clamp_min(1)
     dropped = (advantages < 0) & (drift > delta)
     return (~dropped).to(log_ratio.dtype), drift
+
+
+def _sum_by_sample(values: Tensor, sample_ids: Tensor, num_samples: int) -> Tensor:
+    """Adds in the same order at every call: on a GPU `index_add_` does not, and a mask must not depend on that."""
+    total = values.new_zeros(num_samples)
+    if values.is_cuda:
+        return total.index_put_((sample_ids,), values, accumulate=True)
+    return total.index_add_(0, sample_ids, values)

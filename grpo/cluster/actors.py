@@ -80,7 +80,7 @@ class LearnerActor:
 
     def build(self, spec: LearnerSpec, rank: int, world_size: int, address: str) -> None:
         torch.set_num_threads(spec.config.cpu_threads)
-        if world_size > 1 or spec.config.dtype != "float32":  # FSDP2 also does the mixed precision of a single rank
+        if world_size > 1:
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             torch.distributed.init_process_group(
                 backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size

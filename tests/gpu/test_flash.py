@@ -18,7 +18,7 @@ CASES = [
 
 def attended(states: list[Tensor], lengths: list[int], upstream: Tensor) -> list[Tensor]:
     """The kernels' output and three gradients."""
-    from grpo.flash import flash_attention
+    from grpo.layers.flash import flash_attention
 
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
     query, key, value = states

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo import experts, fused_layers
 from grpo.batch import TrainBatch
+from grpo.layers import decoder, experts
 from grpo.logprobs import token_logprobs
 from grpo.model import PolicyModel, prepare_policy, reshard, shard_policy
 from tests.grpo.batches import pack_by_hand, random_sequences
@@ -60,7 +60,7 @@ def run(policy: PolicyModel, batches: list[TrainBatch]) -> tuple[Tensor, dict[st
 def test_fused_is_as_near_to_float32_as_plain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [make_batch(name), make_batch(name, seed=1)]
     fused_logprobs, fused = run(make_policy(name, dtype=torch.bfloat16), batches)
-    monkeypatch.setattr(fused_layers, "install", lambda module: None)
+    monkeypatch.setattr(decoder, "install", lambda module: None)
     monkeypatch.setattr(experts, "install", lambda module: None)
     plain_logprobs, plain = run(make_policy(name, dtype=torch.bfloat16), batches)
     exact_logprobs, exact = run(make_policy(name, dtype=torch.float32), batches)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo import experts
+from grpo.layers import experts
 from tests.moe_models import MOE_MODELS, NUM_EXPERTS, NUM_SLOTS, VOCAB_SIZE, build_model
 
 OTHER_EXPERTS = {"gpt_oss"}

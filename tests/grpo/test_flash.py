@@ -30,7 +30,7 @@ WIDTH = 16
 
 def _errors(name: str) -> list[float]:
     """Largest differences of the output and the three gradients from attention under a block mask in float64."""
-    from grpo.flash import flash_attention
+    from grpo.layers.flash import flash_attention
 
     lengths, heads, key_heads = CASES[name]
     generator, total = torch.Generator().manual_seed(3), sum(lengths)
@@ -52,7 +52,7 @@ def _errors(name: str) -> list[float]:
 
 def interpret() -> dict[str, list[float]]:
     """All errors, with programs so small that every sequence needs several."""
-    from grpo import flash
+    from grpo.layers import flash
 
     flash.FORWARD = flash.QUERY_GRAD = flash.Tile(32, 16, 4, 1)
     flash.KEY_VALUE_GRAD = flash.Tile(16, 32, 4, 1)
@@ -65,7 +65,7 @@ def compile_kernels() -> dict[str, int]:
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-    from grpo import flash, flash_kernels
+    from grpo.layers import flash, flash_kernels
 
     def kind(name: str, constants: dict[str, Any]) -> str:
         special = {"LSE": "*fp32", "DELTA": "*fp32", "CU": "*i32", "scale": "fp32", "num_tokens": "i32"}

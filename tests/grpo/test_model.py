@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from grpo import attention, model_check
-from grpo.attention import PackedLayout, attention_kwargs, packed_attention, set_attention
+from grpo import model_check
+from grpo.layers import attention
+from grpo.layers.attention import PackedLayout, attention_kwargs, packed_attention, set_attention
 from grpo.logprobs import token_logprobs
 from grpo.model import PolicyModel, checkpoint_tensors, load_policy, prepare_policy, reshard, shard_policy
 from grpo.model_check import ModelCheckError, choose_attention

@@ -4,7 +4,7 @@ Two autograd functions hold a layer's dense parts: norm + query/key/value + rota
 input and what its matrix products gave; norms and activations are computed again in the backward pass, which costs
 little. The residual stream between the layers stays in float32, as in the engine: in half precision every layer would
 cut the whole sum, which is the largest part of the rounding in a log-probability (docs/performance.md). Routers,
-experts (`grpo.experts`) and attention stay modules and functions of their own, so that routing replay, FSDP2 and
+experts (`grpo.layers.experts`) and attention stay modules and functions of their own, so that routing replay, FSDP2 and
 activation checkpointing work as on the plain layer.
 
 `install` replaces the forward of layers it knows. It answers packed rows in half precision on a GPU, the plain forward
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo.attention import PackedLayout, attend
+from grpo.layers.attention import PackedLayout, attend
 from stability.keep_routing import decoder_layers
 
 KNOWN_LAYERS = frozenset(f"{family}DecoderLayer" for family in ("Llama", "Mistral", "Mixtral", "Qwen3", "Qwen3Moe"))
@@ -143,7 +143,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        from grpo import pointwise  # Triton comes with CUDA builds of torch only
+        from grpo.layers import pointwise  # Triton comes with CUDA builds of torch only
 
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
@@ -151,7 +151,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from grpo import pointwise
+        from grpo.layers import pointwise
 
         x, weight = ctx.saved_tensors
         grad, skip = (g.contiguous() for g in grads)
@@ -176,7 +176,7 @@ class _QueryKeyValue(torch.autograd.Function):
         eps: float,
         head_dim: int,
     ) -> tuple[Tensor, ...]:
-        from grpo import pointwise
+        from grpo.layers import pointwise
 
         normed = pointwise.rms_norm(x, norm, eps)
         query, key, value = ((normed @ w.t()).unflatten(1, (-1, head_dim)) for w in (to_query, to_key, to_value))
@@ -190,7 +190,7 @@ class _QueryKeyValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from grpo import pointwise
+        from grpo.layers import pointwise
 
         x, norm, to_query, to_key, to_value, query_norm, key_norm, cos, sin, query, key = ctx.saved_tensors
         query_grad, key_grad, value_grad, skip = (grad.contiguous() for grad in grads)
@@ -212,7 +212,7 @@ class _GatedMlp(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, to_gate: Tensor, to_up: Tensor, to_out: Tensor, eps: float
     ) -> Tensor:
-        from grpo import pointwise
+        from grpo.layers import pointwise
 
         normed = pointwise.rms_norm(x, norm, eps)
         gate, up = normed @ to_gate.t(), normed @ to_up.t()
@@ -222,7 +222,7 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        from grpo import pointwise
+        from grpo.layers import pointwise
 
         x, norm, to_gate, to_up, to_out, gate, up = ctx.saved_tensors
         skip = grads[0].contiguous()

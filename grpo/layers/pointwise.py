@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from grpo.pointwise_kernels import (
+from grpo.layers.pointwise_kernels import (
     accumulate_kernel,
     combine_kernel,
     head_rotary_grad_kernel,

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo.attention import PackedLayout, set_attention
-from grpo.experts import _combine, _spread, _swiglu, _swiglu_grad
+from grpo.layers.attention import PackedLayout, set_attention
+from grpo.layers.experts import _combine, _spread, _swiglu, _swiglu_grad
 from tests.moe_models import build_model
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -37,7 +37,7 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 def _layer_errors(name: str) -> dict[str, float]:
     """Relative errors of one layer's output and of every gradient, float32 kernels against the plain float32 layer."""
-    from grpo import fused_layers
+    from grpo.layers import decoder
 
     model: Any = build_model(name, num_hidden_layers=1, **MODELS[name])
     set_attention(model, "packed")
@@ -56,13 +56,13 @@ def _layer_errors(name: str) -> dict[str, float]:
         return {"output": out.detach(), **dict(zip(("hidden", *parameters), gradients, strict=True))}
 
     plain = results(layer(hidden, position_embeddings=angles, position_ids=positions, packed_layout=layout))
-    fused = results(fused_layers.fused_layer(layer, hidden[0], angles, layout)[None])
+    fused = results(decoder.fused_layer(layer, hidden[0], angles, layout)[None])
     return {key: _relative(fused[key], plain[key]) for key in plain}
 
 
 def _stream_errors(name: str) -> dict[str, float]:
     """Relative errors of what a bfloat16 layer adds to a stream 256 times as large, and of the stream's gradient."""
-    from grpo import fused_layers
+    from grpo.layers import decoder
 
     model: Any = build_model(name, num_hidden_layers=1, **MODELS[name]).bfloat16()
     set_attention(model, "packed")
@@ -72,7 +72,7 @@ def _stream_errors(name: str) -> dict[str, float]:
     positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
     angles = model.model.rotary_emb(stream[None].bfloat16(), positions)
     layout = PackedLayout(torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32), max(LENGTHS))
-    fused = fused_layers.fused_layer(model.model.layers[0], stream, angles, layout)
+    fused = decoder.fused_layer(model.model.layers[0], stream, angles, layout)
     (fused_grad,) = torch.autograd.grad(fused, stream, upstream)
     exact = model.model.layers[0].float()(
         stream[None], position_embeddings=[a.float() for a in angles], position_ids=positions, packed_layout=layout
@@ -87,7 +87,7 @@ def _stream_errors(name: str) -> dict[str, float]:
 
 def _expert_errors() -> dict[str, float]:
     """Relative errors of the kernels beside the experts' products against their torch versions."""
-    from grpo import pointwise
+    from grpo.layers import pointwise
 
     generator = torch.Generator().manual_seed(2)
     inner, grad = (torch.randn(12, n, generator=generator) for n in (2 * 20, 20))
@@ -116,7 +116,7 @@ def _expert_errors() -> dict[str, float]:
 
 def interpret() -> dict[str, Any]:
     """All errors; few programs per gradient, so that each takes several rows."""
-    from grpo import pointwise
+    from grpo.layers import pointwise
 
     pointwise.NORM_PROGRAMS = 4
     pointwise.COLUMNS = 32
@@ -136,7 +136,7 @@ def compile_kernels() -> dict[str, int]:
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-    from grpo import pointwise_kernels as kernels
+    from grpo.layers import pointwise_kernels as kernels
 
     def kind(name: str, is_constant: bool, is_norm: bool) -> str:
         if is_constant:
@@ -168,7 +168,7 @@ def compile_kernels() -> dict[str, int]:
 
 
 def _run(half: str, **env: str) -> Any:
-    command = [sys.executable, "-m", "tests.grpo.test_fused_layers", half]
+    command = [sys.executable, "-m", "tests.grpo.test_decoder", half]
     clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env={**clean, **env}, capture_output=True, text=True, check=False)

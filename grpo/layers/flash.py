@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from grpo.flash_kernels import delta_kernel, forward_kernel, key_value_grad_kernel, query_grad_kernel
+from grpo.layers.flash_kernels import delta_kernel, forward_kernel, key_value_grad_kernel, query_grad_kernel
 
 
 class Tile(NamedTuple):

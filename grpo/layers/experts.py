@@ -5,8 +5,8 @@ the four of their gradients. Kept for backward are the layer's input, what the f
 the activation is computed again. The gate weights' gradient comes from the inner activations, so the experts' outputs
 need not be kept either. All sums are float32 and in a fixed order.
 
-On a GPU what lies between the products runs through `grpo.pointwise`, elsewhere through plain torch. Experts with
-biases, other layouts or other activations than SiLU take transformers' own grouped products.
+On a GPU what lies between the products runs through `grpo.layers.pointwise`, elsewhere through plain torch. Experts
+with biases, other layouts or other activations than SiLU take transformers' own grouped products.
 
 Shapes: T = tokens, K = experts per token, E = experts, d = hidden width, I = inner width.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from grpo.fused_layers import is_silu
+from grpo.layers.decoder import is_silu
 
 NAME = "keel"
 
@@ -102,7 +102,7 @@ def _swiglu(inner: Tensor) -> Tensor:
     gate, up = inner.chunk(2, dim=1)
     if not inner.is_cuda:
         return F.silu(gate) * up
-    from grpo import pointwise  # Triton comes with CUDA builds of torch only
+    from grpo.layers import pointwise  # Triton comes with CUDA builds of torch only
 
     return pointwise.swiglu(gate, up)
 
@@ -116,7 +116,7 @@ def _swiglu_grad(inner: Tensor, grad: Tensor, weights: Tensor) -> tuple[Tensor, 
     inner_grad = torch.empty_like(inner)
     gate_grad, up_grad = inner_grad.chunk(2, dim=1)
     if inner.is_cuda:
-        from grpo import pointwise
+        from grpo.layers import pointwise
 
         return inner_grad, *pointwise.swiglu_grad(gate, up, grad, gate_grad, up_grad, weights)
     sigmoid = gate.sigmoid()
@@ -129,7 +129,7 @@ def _swiglu_grad(inner: Tensor, grad: Tensor, weights: Tensor) -> tuple[Tensor, 
 def _spread(x: Tensor, row_of_pair: Tensor) -> Tensor:
     """rows[row_of_pair[t, k]] = x[t]: [T, d] to [T K, d]."""
     if x.is_cuda:
-        from grpo import pointwise
+        from grpo.layers import pointwise
 
         return pointwise.spread(x.contiguous(), row_of_pair)
     rows = x.new_empty(row_of_pair.numel(), x.shape[1])
@@ -140,7 +140,7 @@ def _spread(x: Tensor, row_of_pair: Tensor) -> Tensor:
 def _combine(rows: Tensor, row_of_pair: Tensor, weights: Tensor | None) -> Tensor:
     """Sum over k of weights[t, k] * rows[row_of_pair[t, k]]: [T, d]."""
     if rows.is_cuda:
-        from grpo import pointwise
+        from grpo.layers import pointwise
 
         return pointwise.combine(rows, row_of_pair, weights)
     gathered = rows[row_of_pair].float() if rows.dtype in (torch.bfloat16, torch.float16) else rows[row_of_pair]

@@ -1,9 +1,9 @@
 """Attention for packed rows: several sequences end to end in one row, none seeing another.
 
 `packed` is registered with transformers and needs no mask tensor. On CUDA in half precision it is one call of a
-variable-length flash kernel (`grpo.flash`, or torch's own for what that does not know); elsewhere sequences of similar
-length are laid into one padded batch per bucket and attended causally. Right padding needs no mask there: causality
-hides it from every real token.
+variable-length flash kernel (`grpo.layers.flash`, or torch's own for what that does not know); elsewhere sequences of
+similar length are laid into one padded batch per bucket and attended causally. Right padding needs no mask there:
+causality hides it from every real token.
 
 Models whose attention needs more than q, k, v (attention sinks, lightning indexers) take one of the masked modes,
 which hold a T x T mask: `choose_attention` in grpo/model_check.py tries the modes in order and keeps the first that
@@ -143,7 +143,7 @@ def attend(
     is_cut = sliding_window is not None and 0 < sliding_window < layout.max_seqlen
     if is_cut or width not in FLASH_WIDTHS or value.shape != key.shape:
         return _varlen(query, key, value, layout, scaling, sliding_window)
-    from grpo.flash import flash_attention  # Triton comes with CUDA builds of torch only
+    from grpo.layers.flash import flash_attention  # Triton comes with CUDA builds of torch only
 
     scale = width**-0.5 if scaling is None else scaling
     return flash_attention(query, key, value, layout.cu_seqlens, layout.max_seqlen, scale)
