@@ -62,7 +62,7 @@ def draw_panels(runs: Runs, panels: Mapping[str, str], path: Path, *, logarithmi
     columns = 2
     grid, axes = pyplot.subplots(-(-len(panels) // columns), columns, figsize=(9, 11), layout="constrained")
     for index, (axis, (key, title)) in enumerate(zip(axes.flat, panels.items(), strict=True)):
-        for color, (label, seeds) in zip(COLORS, runs.items(), strict=True):
+        for color, (label, seeds) in zip(COLORS, runs.items(), strict=False):
             _draw(axis, seeds, key, label, color, with_band=index < columns)
         axis.set_title(title, loc="left")
         axis.set_yscale("log" if key in logarithmic else "linear")

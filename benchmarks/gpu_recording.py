@@ -1,12 +1,18 @@
-"""Engine tokens/s with both recordings on against none, on one GPU.
+"""Engine tokens/s with both recordings on, with none, and of vLLM as a user would run it, on one GPU.
 
     python -m benchmarks.gpu_recording
+    python -m benchmarks.gpu_recording --model dense-0.6b --settings none both
 
-256 concurrent sequences of 64 prompt and 256 new tokens from a random 1.1 B MoE, CUDA graphs on. Two nucleus widths
-give
-kept sets of different mean size with the same weights. Each setting is an engine of its own in a process of its own;
-the
-median of the repeats is printed, as a ratio to the run without recording.
+256 concurrent sequences of 64 prompt and 256 new tokens from a random model, CUDA graphs on. Each setting is an engine
+of its own in a process of its own; all stand on the same GPU, and draw the same prompts in turn while the others rest:
+
+- `none`: Keel's engine without recording; the reference of the ratios.
+- `both`: Keel's engine, kept sets and routes (kept sets alone for a dense model).
+- `vllm`: vLLM's `LLM` with its own scheduler and its own recording, at top_k = 512, which it needs.
+
+The nucleus widths are searched for sets of about 8 and 80 ids. Every width is warmed up before it is measured; medians
+are printed. "host" is the processor time, per step, of the thread that drives the engine: where it is below the step's
+time, the GPU sets the pace.
 """
 
 from __future__ import annotations
@@ -14,12 +20,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
+import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,75 +36,169 @@ from benchmarks.gpu_models import VOCAB_SIZE, make_model
 from benchmarks.machine import describe_machine
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
-from rollout.types import Completion, GenerateRequest, Replay
+from rollout.types import Completion, GenerateRequest, KeptSets
 
 NUM_SEQUENCES, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 256
-TOP_P = (0.5, 0.95)
-NUM_REPEATS = 3
+SET_SIZES = (8, 80)
+SEARCH_STEPS, SEARCH_TOKENS = 7, 12
+NUM_REPEATS = 4
+KV_CACHE_GIB = 4.0
+MEMORY_FRACTION = 0.2
+VLLM_TOP_K = 512
+
+_engine: Any = None
+
+
+class Drawn(NamedTuple):
+    """One batch of all sequences."""
+
+    tokens_per_s: float
+    step_ms: float
+    host_ms: float
+    kept_mean: float
 
 
 def main() -> None:
-    """Measures every setting in a process of its own and prints the table."""
+    """Starts the engines side by side, lets them draw in turn, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="moe-1.1b")
-    parser.add_argument("--child", nargs=2, metavar=("FOLDER", "RECORD"), help=argparse.SUPPRESS)
+    settings = ("none", "both", "vllm")
+    parser.add_argument("--settings", nargs="+", choices=settings, default=settings, help="`none` and `both` at least")
     arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(asyncio.run(measure(arguments.child[0], arguments.child[1] == "both"))))
-        return
+    context = multiprocessing.get_context("spawn")
+    pools = {name: ProcessPoolExecutor(1, context) for name in arguments.settings}
     with tempfile.TemporaryDirectory() as folder:
-        make_model(arguments.model, Path(folder) / "model")
-        results = {record: run_child(Path(folder) / "model", record) for record in ("none", "both")}
-    print(f"gpu       {torch.cuda.get_device_name()}\n{describe_machine()}")
-    for plain, recorded in zip(results["none"], results["both"], strict=True):
-        ratio = recorded["tokens_per_s"] / plain["tokens_per_s"]
+        model = make_model(arguments.model, Path(folder) / "model")
+        torch.cuda.empty_cache()
+        for started in [pool.submit(start, name, str(model)) for name, pool in pools.items()]:
+            started.result()
+        print(f"gpu       {torch.cuda.get_device_name()}\n{describe_machine()}", flush=True)
+        for top_p in [*(find_width(pools["both"], size) for size in SET_SIZES), 1.0]:
+            print_width(arguments.model, top_p, measure(pools, top_p))
+    for pool in pools.values():
+        pool.submit(stop).result()
+        pool.shutdown()
+
+
+def measure(pools: dict[str, ProcessPoolExecutor], top_p: float) -> dict[str, list[Drawn]]:
+    """The repeats of every setting, one setting at a time, the first repeat left out."""
+    rows: dict[str, list[Drawn]] = {name: [] for name in pools}
+    for repeat in range(NUM_REPEATS + 1):
+        for name, pool in pools.items():
+            rows[name].append(pool.submit(draw, top_p, repeat, NEW_TOKENS).result())
+    return {name: repeats[1:] for name, repeats in rows.items()}
+
+
+def print_width(model: str, top_p: float, rows: dict[str, list[Drawn]]) -> None:
+    """Medians of one width, with ratios to the engine that records nothing."""
+    medians = {name: Drawn(*map(statistics.median, zip(*repeats, strict=True))) for name, repeats in rows.items()}
+    print(f"\n{model}, top_p {top_p:.4f}, mean kept set {medians['both'].kept_mean:.1f}")
+    for name, median in medians.items():
+        pairs = zip(rows[name], rows["none"], strict=True)
+        ratio = statistics.median(own.tokens_per_s / none.tokens_per_s for own, none in pairs)
         print(
-            f"top_p {recorded['top_p']:.2f}  mean kept set {recorded['kept_mean']:8.1f}  "
-            f"none {plain['tokens_per_s']:9.0f} tokens/s  "
-            f"both {recorded['tokens_per_s']:9.0f} tokens/s  ratio {ratio:.3f}"
+            f"{name:5} {median.tokens_per_s:9.0f} tokens/s  {median.step_ms:6.2f} ms/step  "
+            f"host {median.host_ms:6.2f} ms/step  ratio {ratio:.3f}",
+            flush=True,
         )
 
 
-def run_child(model: Path, record: str) -> list[dict[str, float]]:
-    """One setting's results, from its last line of output."""
-    command = [sys.executable, "-m", "benchmarks.gpu_recording", "--child", str(model), record]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(output.strip().splitlines()[-1])
+def find_width(pool: ProcessPoolExecutor, size: float) -> float:
+    """A top_p with sets of about `size` ids on average, by bisection over short answers."""
+    low, high = 0.05, 0.999
+    for _ in range(SEARCH_STEPS):
+        width = (low + high) / 2
+        mean = pool.submit(draw, width, 0, SEARCH_TOKENS).result().kept_mean
+        low, high = (width, high) if mean < size else (low, width)
+    return (low + high) / 2
 
 
-async def measure(model: str, record: bool) -> list[dict[str, float]]:
-    """Median tokens/s for each nucleus width."""
-    config = RolloutConfig(gpu_memory_fraction=0.6, max_concurrent_sequences=NUM_SEQUENCES)
+# -- in an engine's process ----------------------------------------------------------------------------------------
+
+
+def start(setting: str, model: str) -> None:
+    """Builds this process's engine, and lets it compile what it compiles in its first batch."""
+    global _engine
     length = PROMPT_TOKENS + NEW_TOKENS
-    engine = Engine(model, config, max_model_len=length, record_kept=record, record_routing=record)
-    results = []
-    for top_p in TOP_P:
-        speeds, kept = [], 0.0
-        for repeat in range(NUM_REPEATS + 1):
-            started = time.perf_counter()
-            completions = await asyncio.gather(
-                *(engine.generate(request(i, repeat, top_p)) for i in range(NUM_SEQUENCES))
-            )
-            drawn: list[Completion] = [completion for group in completions for completion in group]
-            speeds.append(sum(c.num_tokens for c in drawn) / (time.perf_counter() - started))
-            if record:
-                kept = float(np.mean([mean_kept(c) for c in drawn]))
-        results.append({"top_p": top_p, "tokens_per_s": statistics.median(speeds[1:]), "kept_mean": kept})
-    engine.shutdown()
-    return results
+    if setting == "vllm":
+        _engine = start_vllm(model, length)
+    else:
+        config = RolloutConfig(
+            gpu_memory_fraction=MEMORY_FRACTION, kv_cache_gib=KV_CACHE_GIB, max_concurrent_sequences=NUM_SEQUENCES
+        )
+        record = setting == "both"
+        _engine = Engine(model, config, max_model_len=length, record_kept=record, record_routing=record)
+    draw(0.9, 0, SEARCH_TOKENS)
 
 
-def mean_kept(completion: Completion) -> float:
-    """Kept ids per sampled token."""
-    replay: Replay = completion.replay
-    assert replay.kept is not None
-    return len(replay.kept.ids) / completion.num_tokens
+def start_vllm(model: str, length: int) -> Any:
+    """vLLM as it is, both of its recordings on."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    import vllm
+
+    return vllm.LLM(
+        model,
+        dtype="bfloat16",
+        skip_tokenizer_init=True,
+        generation_config="vllm",
+        max_model_len=length,
+        max_num_seqs=NUM_SEQUENCES,
+        gpu_memory_utilization=MEMORY_FRACTION,
+        kv_cache_memory_bytes=int(KV_CACHE_GIB * 2**30),
+        logprobs_mode="processed_logprobs",
+        return_sampling_mask=True,
+        enable_return_routed_experts="moe" in json.loads(Path(model, "config.json").read_text())["model_type"],
+    )
 
 
-def request(index: int, repeat: int, top_p: float) -> GenerateRequest:
-    """A prompt of its own for every sequence and repeat, so that no prefix is cached."""
-    prompt = np.random.default_rng([repeat, index]).integers(0, VOCAB_SIZE - 1, PROMPT_TOKENS).astype(np.int32)
-    return GenerateRequest(prompt, (index,), 1.0, top_p, 0, NEW_TOKENS, ())
+def stop() -> None:
+    """Frees this process's engine."""
+    if isinstance(_engine, Engine):
+        _engine.shutdown()
+
+
+def draw(top_p: float, repeat: int, num_tokens: int) -> Drawn:
+    """One batch of all sequences; prompts of their own for every sequence and repeat, so that no prefix is cached."""
+    generators = (np.random.default_rng([repeat, num_tokens, i]) for i in range(NUM_SEQUENCES))
+    prompts = [generator.integers(0, VOCAB_SIZE - 1, PROMPT_TOKENS) for generator in generators]
+    if isinstance(_engine, Engine):
+        return draw_with_keel(_engine, prompts, top_p, num_tokens)
+    return draw_with_vllm(prompts, top_p, num_tokens)
+
+
+def draw_with_keel(engine: Engine, prompts: list[np.ndarray], top_p: float, num_tokens: int) -> Drawn:
+    async def run() -> list[tuple[Completion, ...]]:
+        requests = (
+            GenerateRequest(prompt.astype(np.int32), (i,), 1.0, top_p, 0, num_tokens, ())
+            for i, prompt in enumerate(prompts)
+        )
+        return await asyncio.gather(*(engine.generate(request) for request in requests))
+
+    def clocks() -> tuple[float, float, int]:
+        return time.perf_counter(), asyncio.run(engine._ask(time.thread_time)), engine.stats().num_steps
+
+    started = clocks()
+    groups = asyncio.run(run())
+    seconds, busy, steps = (after - before for after, before in zip(clocks(), started, strict=True))
+    completions = [completion for group in groups for completion in group]
+    if errors := {error for c in completions if (error := c.find_record_error(PROMPT_TOKENS))}:
+        raise RuntimeError(f"records do not hold together: {errors}")
+    sets = [c.replay.kept for c in completions if isinstance(c.replay.kept, KeptSets)]
+    kept_mean = sum(len(kept.ids) for kept in sets) / sum(map(len, sets)) if sets else float("nan")
+    num_drawn = sum(c.num_tokens for c in completions)
+    return Drawn(num_drawn / seconds, seconds / steps * 1e3, busy / steps * 1e3, kept_mean)
+
+
+def draw_with_vllm(prompts: list[np.ndarray], top_p: float, num_tokens: int) -> Drawn:
+    """vLLM drives its engine in a process of its own, whose time is not seen here."""
+    from vllm import SamplingParams
+
+    common: dict[str, Any] = {"top_p": top_p, "top_k": VLLM_TOP_K, "max_tokens": num_tokens, "ignore_eos": True}
+    params = [SamplingParams(**common, seed=i, logprobs=0, detokenize=False) for i in range(len(prompts))]
+    started = time.perf_counter()
+    outputs = _engine.generate([{"prompt_token_ids": p.tolist()} for p in prompts], params, use_tqdm=False)
+    speed = sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - started)
+    return Drawn(speed, len(prompts) / speed * 1e3, float("nan"), float("nan"))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rollout.config import RolloutConfig
 from rollout.types import Completion, GenerateRequest
 from rollout.vllm_plugin.record import (
-    ArrayChunks,
     EngineError,
     EngineStats,
+    FinishedSequence,
     check_request,
-    prompt_input,
+    make_request,
     read_completion,
-    sampling_params,
+    truncates,
 )
 from rollout.vllm_plugin.start import start_llm_engine
 from rollout.vllm_plugin.update import begin_update, fall_asleep, finish_update, load_bucket
@@ -60,11 +60,6 @@ class _Sequence:
     call: _Call
     place: int
     """Index among the call's seeds."""
-    state: Any
-    """vLLM's output state of the request."""
-    core_request: Any
-    """vLLM's scheduler's record of the request; it counts the preemptions."""
-    kept_chunks: ArrayChunks | None
 
 
 class Engine:
@@ -229,6 +224,11 @@ class Engine:
             self._die(("the engine was shut down", None))
         self._release()
 
+    @property
+    def _core(self) -> Any:
+        """vLLM's `EngineCore`, which lives in this process."""
+        return self._llm.engine_core.engine_core
+
     def _serve(self) -> None:
         while not self._stopping:
             if self._updating or not self._sequences:
@@ -239,10 +239,9 @@ class Engine:
                 self._step()
 
     def _step(self) -> None:
-        outputs = self._llm.step()
+        self._llm.step()
         self._stats = replace(self._stats, num_steps=self._stats.num_steps + 1)
-        for output in outputs:
-            self._finish_sequence(output)
+        self._take_finished()
 
     def _submit(self, call: _Call) -> None:
         if self._refusal is not None:
@@ -258,25 +257,24 @@ class Engine:
 
     def _add_sequence(self, call: _Call, place: int) -> None:
         sequence_id = str(next(self._ids))
-        sampling = sampling_params(call.request, call.request.seeds[place], self._vocab_size)
-        internal_id = self._llm.add_request(sequence_id, prompt_input(call.request), sampling)
-        state = self._llm.output_processor.request_states[internal_id]
-        kept_chunks = ArrayChunks() if self._record_kept else None
-        if kept_chunks is not None:
-            state.sampling_mask_chunks = kept_chunks
-        core_request = self._llm.engine_core.engine_core.scheduler.requests[internal_id]
-        self._sequences[sequence_id] = _Sequence(call, place, state, core_request, kept_chunks)
+        seed = call.request.seeds[place]
+        self._core.add_request(make_request(self._core, sequence_id, call.request, seed, self._vocab_size))
+        self._sequences[sequence_id] = _Sequence(call, place)
         call.sequence_ids.append(sequence_id)
 
-    def _finish_sequence(self, output: Any) -> None:
-        sequence = self._sequences.pop(output.request_id, None)
-        if sequence is None:
-            return  # its call was dropped earlier in this step
+    def _take_finished(self) -> None:
+        """Hands out what has ended inside vLLM."""
+        for finished in self._core.scheduler.take_finished():
+            sequence = self._sequences.pop(finished.request_id, None)
+            if sequence is not None:  # else its call was dropped
+                self._finish_sequence(sequence, finished)
+
+    def _finish_sequence(self, sequence: _Sequence, finished: FinishedSequence) -> None:
         call = sequence.call
-        call.sequence_ids.remove(output.request_id)
-        self._stats = self._stats.with_finished(output, sequence.core_request.num_preemptions)
+        call.sequence_ids.remove(finished.request_id)
+        self._stats = self._stats.with_finished(finished)
         try:
-            call.completions[sequence.place] = self._read(output.outputs[0], sequence)
+            call.completions[sequence.place] = self._read(finished, sequence)
         except EngineError as error:
             self._drop(call)
             _reject(call.future, error)
@@ -284,13 +282,13 @@ class Engine:
         if not call.sequence_ids:
             _resolve(call.future, tuple(completion for completion in call.completions if completion is not None))
 
-    def _read(self, output: Any, sequence: _Sequence) -> Completion:
+    def _read(self, finished: FinishedSequence, sequence: _Sequence) -> Completion:
         request = sequence.call.request
         return read_completion(
-            output,
+            finished,
             request,
             request.seeds[sequence.place],
-            kept_chunks=sequence.kept_chunks if request.truncates else None,
+            has_kept=self._record_kept and truncates(request, self._vocab_size),
             has_routes=self._has_routes,
         )
 
@@ -298,16 +296,12 @@ class Engine:
         """Aborts what is left of a call inside vLLM."""
         for sequence_id in call.sequence_ids:
             self._sequences.pop(sequence_id, None)
-        self._llm.abort_request(call.sequence_ids)
+        self._core.abort_requests(call.sequence_ids)
         call.sequence_ids = []
 
     def _abort_all(self) -> None:
-        from vllm.v1.engine import FinishReason as VllmFinishReason
-
-        for sequence_id, sequence in list(self._sequences.items()):
-            output = sequence.state.make_request_output([], None, VllmFinishReason.ABORT, None)
-            self._llm.abort_request([sequence_id])
-            self._finish_sequence(output)
+        self._core.abort_requests(list(self._sequences))
+        self._take_finished()
 
     def _sleep(self) -> None:
         if not self._can_sleep:
@@ -329,7 +323,7 @@ class Engine:
     def _finish_update(self, policy_version: int) -> None:
         self._expect_update("finish_weight_update")
         with self._refusing("could not be finished"):
-            finish_update(self._llm, str(policy_version))
+            finish_update(self._llm, policy_version)
         self._stats = replace(self._stats, policy_version=policy_version)
         self._refusal = None
         self._updating = False

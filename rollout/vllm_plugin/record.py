@@ -1,6 +1,6 @@
 """What goes into vLLM for one sequence, and what comes out of it.
 
-A finished output becomes a `Completion`: arrays once, shapes checked, nothing repaired.
+A finished sequence becomes a `Completion`: shapes checked, nothing repaired.
 """
 
 from __future__ import annotations
@@ -40,26 +40,36 @@ class EngineStats:
     policy_version: int = 0
     """The weights in force."""
 
-    def with_finished(self, output: Any, num_preemptions: int) -> EngineStats:
-        """The counters after one more vLLM `RequestOutput`."""
+    def with_finished(self, sequence: FinishedSequence) -> EngineStats:
+        """The counters after one more sequence."""
         return replace(
             self,
             num_finished=self.num_finished + 1,
-            num_preemptions=self.num_preemptions + num_preemptions,
-            prompt_tokens=self.prompt_tokens + len(output.prompt_token_ids),
-            cached_prompt_tokens=self.cached_prompt_tokens + (output.num_cached_tokens or 0),
-            generated_tokens=self.generated_tokens + len(output.outputs[0].token_ids),
+            num_preemptions=self.num_preemptions + sequence.num_preemptions,
+            prompt_tokens=self.prompt_tokens + sequence.num_prompt_tokens,
+            cached_prompt_tokens=self.cached_prompt_tokens + sequence.num_cached_tokens,
+            generated_tokens=self.generated_tokens + len(sequence.token_ids),
         )
 
 
-class ArrayChunks(list[Any]):
-    """Collects a sequence's kept sets, one array per step, of which vLLM would make nested Python lists at the end.
+@dataclass(frozen=True, slots=True)
+class FinishedSequence:
+    """What the scheduler hands out for a sequence that has ended, with everything recorded of it."""
 
-    It stands in the place of `RequestState.sampling_mask_chunks` and calls itself empty, which skips that conversion.
-    """
-
-    def __bool__(self) -> bool:
-        return False
+    request_id: str
+    token_ids: np.ndarray  # int32 [T]
+    logprobs: np.ndarray  # float32 [T]
+    versions: np.ndarray  # int32 [T], the weights that drew each token
+    kept: KeptSets | None
+    """Empty sets for a request that does not truncate; None if the engine does not record sets."""
+    routed_experts: np.ndarray | None  # [P + T - 1, L, K]
+    """None if the engine does not record routes, or no token was sampled."""
+    finish_reason: str
+    """vLLM's word for it."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Of the prompt, saved by the prefix cache."""
+    num_preemptions: int
 
 
 def check_request(request: GenerateRequest, *, max_model_len: int, vocab_size: int) -> None:
@@ -81,11 +91,17 @@ def check_request(request: GenerateRequest, *, max_model_len: int, vocab_size: i
         raise ValueError(f"temperature must be above 0, got {request.temperature}; greedy is top_k = 1")
 
 
-def prompt_input(request: GenerateRequest) -> Any:
-    """The prompt's ids in the form that vLLM's renderer would give them."""
-    from vllm.inputs import tokens_input
+def make_request(core: Any, request_id: str, request: GenerateRequest, seed: int, vocab_size: int) -> Any:
+    """vLLM's `Request` for one seed, as its `EngineCore` would have it from a front end."""
+    from vllm.v1.request import Request
 
-    return tokens_input(request.prompt_token_ids.tolist())
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=request.prompt_token_ids.tolist(),
+        sampling_params=sampling_params(request, seed, vocab_size),
+        pooling_params=None,
+        block_hasher=core.request_block_hasher,
+    )
 
 
 def sampling_params(request: GenerateRequest, seed: int, vocab_size: int) -> Any:
@@ -96,7 +112,6 @@ def sampling_params(request: GenerateRequest, seed: int, vocab_size: int) -> Any
     return SamplingParams(
         temperature=request.temperature,
         top_p=request.top_p,
-        # vLLM bounds the recorded sets by top_k, and so wants it finite.
         top_k=request.top_k or vocab_size,
         max_tokens=request.max_new_tokens,
         stop_token_ids=list(request.stop_token_ids),
@@ -110,44 +125,39 @@ def sampling_params(request: GenerateRequest, seed: int, vocab_size: int) -> Any
     )
 
 
-def read_completion(
-    output: Any, request: GenerateRequest, seed: int, *, kept_chunks: ArrayChunks | None, has_routes: bool
-) -> Completion:
-    """One vLLM `CompletionOutput` (final, FINAL_ONLY) as a Completion with its Replay.
+def truncates(request: GenerateRequest, vocab_size: int) -> bool:
+    """Whether sampling removes any id; a top_k of the whole vocabulary does not."""
+    return request.top_p < 1 or 0 < request.top_k < vocab_size
 
-    `kept_chunks` is None if the kept sets are not wanted; `has_routes` says whether the engine records routes. A token
-    outside its kept set is left for the consumer to find. Raises EngineError where lengths disagree.
+
+def read_completion(
+    sequence: FinishedSequence, request: GenerateRequest, seed: int, *, has_kept: bool, has_routes: bool
+) -> Completion:
+    """A finished sequence as a Completion with its Replay.
+
+    `has_kept` says whether its kept sets are wanted, `has_routes` whether the engine records routes. A token outside
+    its kept set is left for the consumer to find. Raises EngineError where lengths disagree.
     """
-    token_ids = np.asarray(output.token_ids, np.int32)
-    num_tokens = len(token_ids)
-    logprobs = np.asarray(output.logprobs.logprobs, np.float32)
-    if len(logprobs) != num_tokens:
-        raise EngineError(f"vLLM returned {len(logprobs)} log-probs for {num_tokens} tokens (seed {seed})")
-    kept = None if kept_chunks is None else _read_kept(kept_chunks, num_tokens)
+    num_tokens = len(sequence.token_ids)
+    for what, length in (("log-probs", len(sequence.logprobs)), ("weight versions", len(sequence.versions))):
+        if length != num_tokens:
+            raise EngineError(f"vLLM returned {length} {what} for {num_tokens} tokens (seed {seed})")
+    kept = sequence.kept if has_kept else None
+    if has_kept and (kept is None or len(kept) != num_tokens):
+        raise EngineError(f"vLLM returned {0 if kept is None else len(kept)} kept sets for {num_tokens} tokens")
     num_rows = len(request.prompt_token_ids) + num_tokens - 1
-    routes = _read_routes(output.routed_experts, num_rows if num_tokens else 0) if has_routes else None
+    routes = _check_routes(sequence.routed_experts, num_rows if num_tokens else 0) if has_routes else None
     return Completion(
-        token_ids=token_ids,
-        behavior_logprobs=logprobs,
-        policy_versions=_read_versions(output.weight_versions, num_tokens),
-        finish_reason=_read_finish_reason(output.finish_reason),
+        token_ids=sequence.token_ids,
+        behavior_logprobs=sequence.logprobs,
+        policy_versions=sequence.versions,
+        finish_reason=_read_finish_reason(sequence.finish_reason),
         seed=seed,
         replay=Replay(kept=kept, routed_experts=routes),
     )
 
 
-def _read_kept(chunks: ArrayChunks, num_tokens: int) -> KeptSets:
-    """Joins the steps' sets; a step of several tokens brings its own offsets."""
-    lengths = [np.diff(c.offsets) if c.offsets is not None else [len(c.token_ids)] for c in chunks]
-    sizes = np.concatenate([np.empty(0, np.int64), *lengths])
-    if len(sizes) != num_tokens:
-        raise EngineError(f"vLLM returned {len(sizes)} kept sets for {num_tokens} tokens")
-    offsets = np.zeros(num_tokens + 1, np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    return KeptSets(offsets, np.concatenate([np.empty(0, np.int32), *(c.token_ids for c in chunks)]))
-
-
-def _read_routes(routes: np.ndarray | None, num_rows: int) -> np.ndarray | None:
+def _check_routes(routes: np.ndarray | None, num_rows: int) -> np.ndarray | None:
     if num_rows == 0:
         return None
     if routes is None or routes.ndim != 3 or len(routes) != num_rows:
@@ -156,17 +166,8 @@ def _read_routes(routes: np.ndarray | None, num_rows: int) -> np.ndarray | None:
     return routes
 
 
-def _read_versions(spans: Any, num_tokens: int) -> np.ndarray:
-    """Policy version of each token, int32 [T]; the engine labels its weights with the version's digits."""
-    versions = [int(span.version) for span in spans or ()]
-    ends = [span.end for span in spans or ()]
-    if (ends[-1] if ends else 0) != num_tokens:
-        raise EngineError(f"vLLM's weight versions cover {ends[-1:]} of {num_tokens} tokens")
-    return np.repeat(np.asarray(versions, np.int32), np.diff(ends, prepend=0))
-
-
-def _read_finish_reason(reason: str | None) -> FinishReason:
+def _read_finish_reason(reason: str) -> FinishReason:
     try:
-        return FinishReason(reason or "")
+        return FinishReason(reason)
     except ValueError as error:
         raise EngineError(f"vLLM ended a sequence with '{reason}'; see its log for why") from error

@@ -6,7 +6,8 @@ import os
 from typing import Any
 
 from rollout.config import RolloutConfig
-from rollout.vllm_plugin import register
+from rollout.vllm_plugin import check_version, register
+from rollout.vllm_plugin.precision import ENGINE_ARGUMENTS
 
 _CPU_KV_CACHE_GIB = 0.25
 _CPU_BLOCK_SIZE = 32
@@ -24,14 +25,19 @@ def start_llm_engine(
 ) -> Any:
     """A `vllm.v1.engine.llm_engine.LLMEngine` in this process, to be driven by the calling thread alone.
 
-    Sets the environment that vLLM reads at import. Weights carry the version label "0".
+    Its sequences come and go by the scheduler (`rollout/vllm_plugin/scheduler.py`). Sets the environment that vLLM
+    reads at import. Raises UnsupportedVllmError for a vLLM that the scheduler does not fit.
     """
     _set_environment(config)
     register()
     import torch
+    import vllm
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.llm_engine import LLMEngine
+
+    check_version(vllm.__version__)
+    from rollout.vllm_plugin.recorder import start_recording
 
     arguments = _common_arguments(model_path, config) | {
         "max_model_len": max_model_len,
@@ -55,7 +61,7 @@ def start_llm_engine(
     engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
     torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
     engine.collective_rpc("init_weight_transfer_engine", args=({},))
-    engine.set_weight_version("0")
+    engine.collective_rpc(start_recording)
     return engine
 
 
@@ -84,7 +90,9 @@ def _common_arguments(model_path: str, config: RolloutConfig) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": {"backend": "keel"},
         "disable_log_stats": True,
+        "scheduler_cls": "rollout.vllm_plugin.scheduler.RecordingScheduler",
         "use_tqdm_on_load": False,
+        **ENGINE_ARGUMENTS,
     }
 
 

@@ -45,7 +45,7 @@ def load_bucket(llm: Any, bucket: WeightBucket) -> None:
     llm.collective_rpc("update_weights", args=({"bucket": bucket},))
 
 
-def finish_update(llm: Any, version: str) -> None:
+def finish_update(llm: Any, version: int) -> None:
     """Packs what was loaded, drops every cached value of the old weights, labels the new ones, schedules again.
 
     Running requests lose their KV cache and compute their context again under the new weights.
@@ -55,8 +55,9 @@ def finish_update(llm: Any, version: str) -> None:
     llm.collective_rpc("finish_weight_update")
     _wake(llm, "kv_cache")
     _drop_caches(llm)
-    llm.set_weight_version(version)
-    llm.engine_core.engine_core.scheduler.set_pause_state(PauseState.UNPAUSED)
+    scheduler = llm.engine_core.engine_core.scheduler
+    scheduler.policy_version = version
+    scheduler.set_pause_state(PauseState.UNPAUSED)
 
 
 def _hold(llm: Any, step: Callable[[], None]) -> None:

@@ -63,13 +63,13 @@ def test_deepseek_v3(tmp_path: Path) -> None:
 
 
 def test_bfloat16_within_its_rounding(tmp_path: Path) -> None:
-    """bfloat16 rounds logits of size 4 to 1/64: log-probs differ by up to about 0.1, routes at near-ties."""
+    """The reference rounds logits of size 4 to 1/64 and the engine does not; routes at near-ties may go another way."""
     folder = make_qwen3_moe(tmp_path, dtype=torch.bfloat16)
     with running(folder, RolloutConfig(dtype="bfloat16")) as engine:
         pairs = generate(engine, make_requests(8))
     results = check(folder, pairs, torch.bfloat16)
     diffs = np.abs(np.concatenate([result.logprob_diff for result in results]))
-    assert diffs.max() < 0.25 and diffs.mean() < 0.03
+    assert np.percentile(diffs, 98) < 0.1 and diffs.mean() < 0.03
     assert np.concatenate([result.routes_agree for result in results]).mean() > 0.95
     assert np.concatenate([result.kept_agrees for result in results]).mean() > 0.5
 

@@ -1,0 +1,149 @@
+"""Changes to a learner's arithmetic, by hooks, for `benchmarks.gpu_mismatch`: causes closed, or put in one at a time.
+
+`CHANGES` take a learner in half precision nearer to float32. `ROUNDINGS` take one in float32 and round one kind of
+value to bfloat16, so that each can be seen alone. Written for the layers of Qwen3-MoE and what is built like it.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grpo.model import PolicyModel
+from stability.keep_routing import decoder_layers
+
+Change = Callable[[PolicyModel], AbstractContextManager[Any]]
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only, as FSDP2's mixed precision does: buffers stay as they are."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def float32_routers(policy: PolicyModel) -> Iterator[None]:
+    """Router logits, gate weights and the sum over experts in float32; activations and weights as before."""
+    with _forwards({layer.mlp.gate: _upcast for layer in _layers(policy)}):
+        yield
+
+
+def _upcast(router: Any, hidden: Tensor) -> Any:
+    upcast = copy.copy(router)
+    upcast._parameters = {name: parameter.float() for name, parameter in router._parameters.items()}
+    return type(router).forward(upcast, hidden.float())
+
+
+@contextmanager
+def float32_residual(policy: PolicyModel) -> Iterator[None]:
+    """The stream between the layers in float32; every norm hands half precision to the matrix products."""
+    model: Any = policy.module.get_decoder()
+    norms = [getattr(layer, name) for layer in _layers(policy) for name in NORMS]
+    with (
+        _hooks([model.embed_tokens], lambda _m, _args, output: output.float()),
+        _hooks([*norms, model.norm], lambda _m, _args, output: output.bfloat16()),
+        _hooks([model.rotary_emb], lambda _m, _args, output: tuple(table.bfloat16() for table in output)),
+    ):
+        yield
+
+
+@contextmanager
+def float32_sums(policy: PolicyModel) -> Iterator[None]:
+    """Both."""
+    with float32_routers(policy), float32_residual(policy):
+        yield
+
+
+CHANGES: dict[str, Change] = {
+    "as it is": lambda _: nullcontext(),
+    "routers in float32": float32_routers,
+    "residual stream in float32": float32_residual,
+    "routers and residual stream in float32": float32_sums,
+}
+"""What is changed about the learner -> how."""
+
+
+def _round(values: Tensor) -> Tensor:
+    return values.bfloat16().float()
+
+
+def _outputs(choose: Callable[[Any], Sequence[nn.Module]]) -> Change:
+    """Rounds what the chosen modules of every layer return."""
+
+    def change(policy: PolicyModel) -> AbstractContextManager[Any]:
+        modules = [module for layer in _layers(policy) for module in choose(layer)]
+        return _hooks(modules, lambda _m, _args, output: _round(output))
+
+    return change
+
+
+def _residual(policy: PolicyModel) -> AbstractContextManager[Any]:
+    def forward(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+        hidden_states = _round(hidden_states + attended)
+        return _round(hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states)))
+
+    return _forwards(dict.fromkeys(_layers(policy), forward))
+
+
+def _final_norm(policy: PolicyModel) -> AbstractContextManager[Any]:
+    model: Any = policy.module.get_decoder()
+    return _hooks([model.norm], lambda _m, _args, output: _round(output))
+
+
+def _attended(policy: PolicyModel) -> AbstractContextManager[Any]:
+    def forward(linear: Any, values: Tensor) -> Tensor:
+        return F.linear(_round(values), linear.weight, linear.bias)
+
+    return _forwards({layer.self_attn.o_proj: forward for layer in _layers(policy)})
+
+
+def _gates(policy: PolicyModel) -> AbstractContextManager[Any]:
+    gates = [layer.mlp.gate for layer in _layers(policy)]
+    return _hooks(gates, lambda _m, _args, output: (_round(output[0]), _round(output[1]), *output[2:]))
+
+
+ROUNDINGS: dict[str, Change] = {
+    "residual stream": _residual,
+    "norms before matrix products": _outputs(lambda layer: [getattr(layer, name) for name in NORMS]),
+    "final norm": _final_norm,
+    "queries, keys, values": _outputs(lambda layer: [getattr(layer.self_attn, f"{name}_proj") for name in "qkv"]),
+    "norms of queries and keys": _outputs(lambda layer: [layer.self_attn.q_norm, layer.self_attn.k_norm]),
+    "what attention returns": _attended,
+    "attention's output projection": _outputs(lambda layer: [layer.self_attn.o_proj]),
+    "sum over experts": _outputs(lambda layer: [layer.mlp.experts]),
+    "gate weights": _gates,
+}
+"""What is rounded -> how."""
+
+
+def _layers(policy: PolicyModel) -> list[Any]:
+    return decoder_layers(policy.module)
+
+
+@contextmanager
+def _hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Other forwards for these modules; their hooks stay."""
+    with ExitStack() as stack:
+        for module, forward in forwards.items():
+            module.forward = types.MethodType(forward, module)
+            stack.callback(module.__dict__.pop, "forward")
+        yield
