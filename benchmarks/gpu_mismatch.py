@@ -5,7 +5,7 @@
 
 An engine (bfloat16, recording) draws completions; the learner (bfloat16, float32 masters) scores them, with the causes
 of the difference closed one after another: kept sets replayed, experts replayed, logits in float32, routers and
-residual stream in float32 (rollout/vllm_plugin/precision.py; on the learner by hooks). Yardsticks tell what is left to
+residual stream in float32 (rollout/vllm_plugin/precision.py, grpo/layers/decoder.py). Yardsticks tell what is left to
 gain: the learner against itself through other kernels, the engine against itself with another batch size, and what each
 kind of rounding does alone. Each engine runs in a process of its own; its speed is measured on `SPEED_SEQUENCES`
 sequences at once.
@@ -30,13 +30,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import AutoTokenizer
 
 from benchmarks.gpu_models import SHAPES, make_model
 from benchmarks.machine import describe_machine
-from benchmarks.mismatch_learner import CHANGES, ROUNDINGS, Change, cast_parameters
+from benchmarks.mismatch_learner import CHANGES, ROUNDINGS, Change, cast_parameters, plain_layers
 from grpo.advantage import Objective, TrainSample, completion_segment
 from grpo.batch import pack, plan_updates
 from grpo.layers.attention import set_attention
@@ -205,8 +204,9 @@ def report(folder: Path, requests: Sequence[GenerateRequest], draws: Sequence[Dr
     sharded = load_sharded(folder)
     for drawn in (baseline, logits, best):
         samples = to_samples(requests, drawn.completions)
-        for replay in ("nothing replayed", "kept sets", BOTH):
-            print_row(drawn, replay, score(sharded, samples, replay), samples, agreement(sharded, replay))
+        with (CHANGES["as it is"] if drawn is best else plain_layers)(sharded):
+            for replay in ("nothing replayed", "kept sets", BOTH):
+                print_row(drawn, replay, score(sharded, samples, replay), samples, agreement(sharded, replay))
     del sharded
     policy = load_policy(folder, keep_routing=True, gradient_checkpointing=False)
     nn.Module.to(policy.module, device())
@@ -246,8 +246,6 @@ def device() -> torch.device:
 def load_sharded(folder: Path) -> PolicyModel:
     """The policy as training holds it."""
     policy = load_policy(folder, keep_routing=True, gradient_checkpointing=False)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     shard_policy(policy, compute_dtype=torch.bfloat16, world_size=1)
     return policy
 

@@ -1,7 +1,8 @@
 """Changes to a learner's arithmetic, by hooks, for `benchmarks.gpu_mismatch`: causes closed, or put in one at a time.
 
-`CHANGES` take a learner in half precision nearer to float32. `ROUNDINGS` take one in float32 and round one kind of
-value to bfloat16, so that each can be seen alone. Written for the layers of Qwen3-MoE and what is built like it.
+`CHANGES` take a learner in half precision further from float32 or nearer to it. `ROUNDINGS` take one in float32 and
+round one kind of value to bfloat16, so that each can be seen alone. Written for the layers of Qwen3-MoE and what is
+built like it.
 """
 
 from __future__ import annotations
@@ -43,30 +44,21 @@ def _upcast(router: Any, hidden: Tensor) -> Any:
 
 
 @contextmanager
-def float32_residual(policy: PolicyModel) -> Iterator[None]:
-    """The stream between the layers in float32; every norm hands half precision to the matrix products."""
-    model: Any = policy.module.get_decoder()
-    norms = [getattr(layer, name) for layer in _layers(policy) for name in NORMS]
-    with (
-        _hooks([model.embed_tokens], lambda _m, _args, output: output.float()),
-        _hooks([*norms, model.norm], lambda _m, _args, output: output.bfloat16()),
-        _hooks([model.rotary_emb], lambda _m, _args, output: tuple(table.bfloat16() for table in output)),
-    ):
+def plain_layers(policy: PolicyModel) -> Iterator[None]:
+    """transformers' own layers in the place of `grpo.layers.decoder`: their residual stream is half precision."""
+    modules: list[Any] = [*_layers(policy), policy.module.get_decoder().norm]
+    fused = {module: vars(module).pop("forward") for module in modules if "forward" in vars(module)}
+    try:
         yield
-
-
-@contextmanager
-def float32_sums(policy: PolicyModel) -> Iterator[None]:
-    """Both."""
-    with float32_routers(policy), float32_residual(policy):
-        yield
+    finally:
+        for module, forward in fused.items():
+            module.forward = forward
 
 
 CHANGES: dict[str, Change] = {
+    "residual stream in half precision": plain_layers,
     "as it is": lambda _: nullcontext(),
     "routers in float32": float32_routers,
-    "residual stream in float32": float32_residual,
-    "routers and residual stream in float32": float32_sums,
 }
 """What is changed about the learner -> how."""
 

@@ -79,7 +79,10 @@ class LearnerActor:
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def build(self, spec: LearnerSpec, rank: int, world_size: int, address: str) -> None:
-        torch.set_num_threads(spec.config.cpu_threads)
+        if torch.cuda.is_available():  # the CPU only loads and checks the model
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+        else:
+            torch.set_num_threads(spec.config.cpu_threads)
         if world_size > 1:
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             torch.distributed.init_process_group(

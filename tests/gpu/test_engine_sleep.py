@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 from rollout.config import RolloutConfig  # noqa: E402
 from rollout.types import Completion, GenerateRequest  # noqa: E402
-from rollout.weight_sync import pack_device_buckets  # noqa: E402
+from rollout.weight_sync import pack_buckets  # noqa: E402
 from rollout.worker import RolloutWorker  # noqa: E402
 from tests.tiny_models import make_qwen3_moe  # noqa: E402
 
@@ -40,7 +40,7 @@ def test_sleep_frees_the_memory_and_an_update_brings_the_engine_back(tmp_path: P
         await asyncio.sleep(0.2)
         assert not any(call.done() for call in late)
         await worker.begin_weight_update()
-        for bucket in pack_device_buckets(model.state_dict().items(), max_bytes=1 << 20):
+        for bucket in pack_buckets(model.state_dict().items(), max_bytes=1 << 20):
             await worker.load_weights(bucket)
         await worker.finish_weight_update(1)
         return before, [(await call)[0] for call in late], freed
