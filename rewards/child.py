@@ -34,8 +34,11 @@ from rewards.types import Abstain, Answer
 from rewards.wire import Batch, Hello, calls_event, event, receive
 from rollout.types import Task
 
-MAX_ASYNC_CALLS = 128
-"""Asynchronous calls under way at a time; the others wait their turn, and their timeouts have not begun."""
+MAX_ASYNC_CALLS = 512
+"""Asynchronous calls under way at a time; the others wait their turn, and their timeouts have not begun.
+
+A process that waits for a judge of one second can score so many samples per second; an open file per call is in reach.
+"""
 TELL_WITHIN_S = 0.05
 """News of asynchronous calls waits for the end of the loop's turn, but not longer than this if a call holds it up."""
 MAX_DETAIL = 4000
