@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +17,7 @@ from torch import Tensor
 from grpo.layers.attention import PackedLayout, set_attention
 from grpo.layers.experts import _combine, _spread, _swiglu, _swiglu_grad
 from tests.moe_models import build_model
+from tests.triton_process import run_half
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -167,18 +165,9 @@ def compile_kernels() -> dict[str, int]:
     return sizes
 
 
-def _run(half: str, **env: str) -> Any:
-    command = [sys.executable, "-m", "tests.grpo.test_decoder", half]
-    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env={**clean, **env}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, float]]:
-    return _run("interpret", TRITON_INTERPRET="1")
+    return run_half(__name__, "interpret", interpret=True)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "experts"])
@@ -194,7 +183,7 @@ def test_the_residual_stream_is_never_rounded(interpreted: dict[str, dict[str, f
 
 
 def test_every_kernel_compiles_for_an_h100() -> None:
-    sizes = _run("compile_kernels")
+    sizes = run_half(__name__, "compile_kernels", interpret=False)
     assert len(sizes) == 4 + 5 * 2 and min(sizes.values()) > 1000
 
 

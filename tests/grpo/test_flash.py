@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.triton_process import run_half
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -88,18 +87,9 @@ def compile_kernels() -> dict[str, int]:
     return used
 
 
-def _run(half: str, **env: str) -> Any:
-    command = [sys.executable, "-m", "tests.grpo.test_flash", half]
-    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env={**clean, **env}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, list[float]]:
-    return _run("interpret", TRITON_INTERPRET="1")
+    return run_half(__name__, "interpret", interpret=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,7 +98,7 @@ def test_interpreted_kernels_equal_a_block_mask(interpreted: dict[str, list[floa
 
 
 def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory() -> None:
-    used = _run("compile_kernels")
+    used = run_half(__name__, "compile_kernels", interpret=False)
     assert len(used) == 4 and max(used.values()) <= 227 * 1024
 
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from rollout.vllm_plugin import support
 from rollout.vllm_plugin.support import StepSupports, SupportMeter
+from tests.triton_process import run_half
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -124,18 +122,9 @@ def compile_kernels() -> dict[str, int]:
     return sizes
 
 
-def _run(half: str, **env: str) -> Any:
-    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.rollout.test_support", half]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env={**clean, **env}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @needs_triton
 def test_the_kernels_through_the_interpreter() -> None:
-    results = _run("interpret", TRITON_INTERPRET="1")
+    results = run_half(__name__, "interpret", interpret=True)
     assert set(results) == {*CASES, "not recorded"}
     for name, (error, same) in results.items():
         assert same and error < 1e-5, name
@@ -143,7 +132,7 @@ def test_the_kernels_through_the_interpreter() -> None:
 
 @needs_triton
 def test_the_kernels_compile_for_an_h100() -> None:
-    sizes = _run("compile_kernels")
+    sizes = run_half(__name__, "compile_kernels", interpret=False)
     assert len(sizes) == 4 and min(sizes.values()) > 1000
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+
+from tests.triton_process import run_half
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -199,18 +198,9 @@ def _tile(tile: Any) -> dict[str, int]:
     return {"IDS_BLOCK": tile.rows, "WIDTH_BLOCK": tile.width}
 
 
-def _run(half: str, **env: str) -> Any:
-    command = [sys.executable, "-m", "tests.stability.test_kept_triton_interpreter", half]
-    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env={**clean, **env}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
-    return _run("interpret", TRITON_INTERPRET="1")
+    return run_half(__name__, "interpret", interpret=True)
 
 
 @pytest.mark.parametrize("name", [*SIZES, "small programs"])
@@ -238,7 +228,7 @@ def test_dense_steps_equal_their_torch_versions(interpreted: dict[str, Any]) -> 
 
 
 def test_every_kernel_compiles_for_an_h100() -> None:
-    sizes = _run("compile_kernels")
+    sizes = run_half(__name__, "compile_kernels", interpret=False)
     assert len(sizes) == 2 * (5 * 2 + 3) and min(sizes.values()) > 1000
 
 

@@ -1,0 +1,22 @@
+"""Half of a Triton test in a process of its own: TRITON_INTERPRET is read when triton is imported, never later."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_half(module: str, half: str, *, interpret: bool) -> Any:
+    """The JSON on the last line that `python -m module half` prints; kernels are interpreted, or compiled for real."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    command = [sys.executable, "-m", module, half]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
