@@ -173,10 +173,11 @@ def choose_sums(sums: str) -> None:
     """Routers and norms of the models built from here on in this process: vLLM's own, or those of the plug-in."""
     from vllm.model_executor.custom_op import op_registry_oot
 
-    from rollout.vllm_plugin import register
+    from rollout.vllm_plugin import ENGINE_VARIABLE, register
     from rollout.vllm_plugin.precision import keep_float32_sums
 
-    register()
+    os.environ[ENGINE_VARIABLE] = "1"
+    register()  # the engine will not do it again
     for name in ("GateLinear", "RMSNorm"):
         op_registry_oot.pop(name, None)
     if sums == "float32":

@@ -164,8 +164,3 @@ class GenerateRequest:
     """0 = no top-k bound."""
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
-
-    @property
-    def truncates(self) -> bool:
-        """Whether sampling restricts the support, so that kept sets must be recorded for an unbiased ratio."""
-        return self.top_p < 1.0 or self.top_k > 0

@@ -1,16 +1,22 @@
 """What Keel adds to vLLM, loaded by vLLM itself in every process it starts (`vllm.general_plugins`).
 
 Everywhere: the weight-transfer backend `keel`. On vLLM's CPU build, which has no Triton: stand-ins for the few kernels
-that Model Runner V2 launches, so that its own recording of kept sets and routes runs there unchanged. On a GPU no
-kernel is touched.
+that Model Runner V2 launches, so that it runs there unchanged. In the processes of Keel's own engines: layers whose
+sums stay in float32.
 """
 
 from __future__ import annotations
 
+import os
+
 SUPPORTED_VLLM = "0.32"
 """Scheduler, recorder and the kernels' parameters are private to vLLM and change between minor versions."""
 
+ENGINE_VARIABLE = "KEEL_ENGINE"
+"""Set in the environment of an engine's process, and so of the workers that vLLM starts for it."""
+
 _registered = False
+_keeps_sums = False
 
 
 class UnsupportedVllmError(RuntimeError):
@@ -27,10 +33,23 @@ def check_version(version: str) -> None:
 
 
 def register() -> None:
-    """Registers the backend and, on a CPU without Triton, the stand-ins. Safe to call again."""
-    global _registered
-    if _registered:
-        return
+    """Registers the backend and, on a CPU without Triton, the stand-ins. Safe to call again.
+
+    In the processes of Keel's own engines, which `ENGINE_VARIABLE` marks, also the layers that keep float32 sums: any
+    other vLLM in this environment, a judge's server for one, keeps its own.
+    """
+    global _registered, _keeps_sums
+    if not _registered:
+        _register_for_all()
+        _registered = True
+    if ENGINE_VARIABLE in os.environ and not _keeps_sums:
+        from rollout.vllm_plugin.precision import keep_float32_sums
+
+        keep_float32_sums()
+        _keeps_sums = True
+
+
+def _register_for_all() -> None:
     import vllm
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
@@ -40,9 +59,6 @@ def register() -> None:
         from rollout.vllm_plugin.standins import install
 
         install()
-    from rollout.vllm_plugin.precision import keep_float32_sums
     from rollout.vllm_plugin.weight_transfer import register_backend
 
-    keep_float32_sums()
     register_backend()
-    _registered = True

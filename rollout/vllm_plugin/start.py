@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from rollout.config import RolloutConfig
-from rollout.vllm_plugin import check_version, register
+from rollout.vllm_plugin import ENGINE_VARIABLE, check_version, register
 from rollout.vllm_plugin.precision import ENGINE_ARGUMENTS
 
 _CPU_KV_CACHE_GIB = 0.25
@@ -66,6 +66,7 @@ def start_llm_engine(
 
 
 def _set_environment(config: RolloutConfig) -> None:
+    os.environ[ENGINE_VARIABLE] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)

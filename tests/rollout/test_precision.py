@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch import Tensor
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
 from rollout.types import Completion, GenerateRequest
+from rollout.vllm_plugin import ENGINE_VARIABLE
 from tests.rollout.engine_reference import compare, load_reference
 from tests.tiny_models import VOCAB_SIZE, make_qwen3_moe
 
@@ -107,3 +111,16 @@ def test_log_probs_are_nearer_to_the_exact_ones_than_plain_bfloat16(engine: Engi
         np.percentile(plain_error, 90),
     )
     assert engine_error.mean() < 0.68 * plain_error.mean()  # 0.57; with vLLM's own sums 0.78
+
+
+@pytest.mark.parametrize("is_engine", [True, False])
+def test_only_engines_of_keel_change_their_layers(is_engine: bool) -> None:
+    code = (
+        "from rollout.vllm_plugin import register; register(); register()\n"
+        "from vllm.model_executor.custom_op import op_registry_oot\n"
+        "print(sorted({'GateLinear', 'RMSNorm'} & set(op_registry_oot)))"
+    )
+    env = {key: value for key, value in os.environ.items() if key != ENGINE_VARIABLE}
+    env |= {ENGINE_VARIABLE: "1"} if is_engine else {}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(["GateLinear", "RMSNorm"] if is_engine else [])
