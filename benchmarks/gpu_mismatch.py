@@ -7,8 +7,8 @@ An engine (bfloat16, recording) draws completions; the learner (bfloat16, float3
 of the difference closed one after another: kept sets replayed, experts replayed, logits in float32, routers and
 residual stream in float32 (rollout/vllm_plugin/precision.py, grpo/layers/decoder.py). Yardsticks tell what is left to
 gain: the learner against itself through other kernels, the engine against itself with another batch size, and what each
-kind of rounding does alone. Each engine runs in a process of its own; its speed is measured on `SPEED_SEQUENCES`
-sequences at once.
+kind of rounding does alone. The engines start side by side, each in a process of its own, and draw one after the other;
+their speed is measured on `SPEED_SEQUENCES` sequences at once.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
-import pickle
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ from rollout.types import Completion, GenerateRequest, Replay
 
 PROMPT_TOKENS, NEW_TOKENS, TOP_P = 64, 192, 0.95
 SPEED_SEQUENCES, SPEED_REPEATS = 256, 3
+KV_CACHE_GIB = 6.0
+SUMS = ("bfloat16", "float32")
 FEW = 8
 """Sequences at once in the second drawing of the same requests."""
 MICROBATCH_TOKENS = 16384
@@ -54,6 +56,8 @@ BOTH = "kept sets, routes"
 ALONE = 64
 """So many sequences are scored one by one, through the other kernels."""
 OBJECTIVE = Objective(beta=0.0, delta=None, eps_low=0.2, eps_high=0.2, temperature=1.0)
+
+_engine: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +84,11 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs in the engine")
-    parser.add_argument("--engine", nargs=2, metavar=("OUT", "SUMS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.engine:
-        out, sums = arguments.engine
-        Path(out).write_bytes(pickle.dumps(asyncio.run(draw_all(arguments, sums))))
-        return
     with tempfile.TemporaryDirectory() as folder:
         if arguments.trained is None:
             arguments.trained = make_model(arguments.model, Path(folder) / "model")
-        draws = [draw for sums in ("bfloat16", "float32") for draw in run_engine(arguments, sums, Path(folder))]
+        draws = run_engines(arguments)
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         print(f"gpu       {gpu}\n{describe_machine()}\n")
         report(arguments.trained, make_requests(arguments, arguments.sequences), draws)
@@ -117,36 +116,49 @@ def make_requests(arguments: argparse.Namespace, count: int, first: int = 0) -> 
     ]
 
 
-def run_engine(arguments: argparse.Namespace, sums: str, folder: Path) -> list[Draw]:
-    """Draws with one kind of sums, in a process of its own."""
-    out = folder / f"{sums}.pickle"
-    command = [sys.executable, "-m", "benchmarks.gpu_mismatch", "--trained", str(arguments.trained)]
-    command += ["--sequences", str(arguments.sequences), "--new-tokens", str(arguments.new_tokens)]
-    command += [] if arguments.tasks is None else ["--tasks", str(arguments.tasks)]
-    command += ["--eager"] if arguments.eager else []
-    environment = os.environ | {"VLLM_DISABLE_COMPILE_CACHE": "1"}  # the cache does not tell the two kinds apart
-    subprocess.run([*command, "--engine", str(out), sums], check=True, env=environment)
-    return pickle.loads(out.read_bytes())
+def run_engines(arguments: argparse.Namespace) -> list[Draw]:
+    """Everything that is drawn, by engines with either kind of sums."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in SUMS]
+        starts = [pool.submit(start_engine, arguments, sums) for pool, sums in zip(pools, SUMS, strict=True)]
+        for start in starts:
+            start.result()
+        drawn = [pool.submit(draw_all, arguments, sums).result() for pool, sums in zip(pools, SUMS, strict=True)]
+    return [draw for draws in drawn for draw in draws]
 
 
-async def draw_all(arguments: argparse.Namespace, sums: str) -> list[Draw]:
-    """The same requests with both kinds of output layer, and once more a few at a time."""
+def start_engine(arguments: argparse.Namespace, sums: str) -> None:
+    """Builds this process's engine."""
+    global _engine
+    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"  # the cache does not tell the two kinds apart
     choose_sums(sums)
     requests = make_requests(arguments, arguments.sequences)
     length = max(len(request.prompt_token_ids) for request in requests) + arguments.new_tokens
     config = RolloutConfig(
-        gpu_memory_fraction=0.3, enforce_eager=arguments.eager, max_concurrent_sequences=SPEED_SEQUENCES
+        gpu_memory_fraction=0.3,
+        kv_cache_gib=KV_CACHE_GIB,
+        enforce_eager=arguments.eager,
+        max_concurrent_sequences=SPEED_SEQUENCES,
     )
-    engine = Engine(str(arguments.trained), config, max_model_len=length, record_kept=True, record_routing=True)
-    draws = []
-    for head in ("bfloat16", "float32"):
-        await choose_head(engine, head)
-        completions = await draw(engine, requests, len(requests))
-        speed = await measure_speed(engine, arguments) if torch.cuda.is_available() else float("nan")
-        draws.append(Draw(head, sums, completions, speed))
-    draws.append(Draw(f"float32, {FEW} at a time", sums, await draw(engine, requests, FEW), float("nan")))
-    engine.shutdown()
+    _engine = Engine(str(arguments.trained), config, max_model_len=length, record_kept=True, record_routing=True)
+
+
+def draw_all(arguments: argparse.Namespace, sums: str) -> list[Draw]:
+    """The same requests with both kinds of output layer, and once more a few at a time; the engine is gone then."""
+    draws = asyncio.run(_draw_all(arguments, sums))
+    _engine.shutdown()
     return draws
+
+
+async def _draw_all(arguments: argparse.Namespace, sums: str) -> list[Draw]:
+    requests, draws = make_requests(arguments, arguments.sequences), []
+    for head in ("bfloat16", "float32"):
+        await choose_head(_engine, head)
+        completions = await draw(_engine, requests, len(requests))
+        speed = await measure_speed(_engine, arguments) if torch.cuda.is_available() else float("nan")
+        draws.append(Draw(head, sums, completions, speed))
+    return [*draws, Draw(f"float32, {FEW} at a time", sums, await draw(_engine, requests, FEW), float("nan"))]
 
 
 async def draw(engine: Engine, requests: Sequence[GenerateRequest], at_once: int) -> tuple[Completion, ...]:
@@ -234,7 +246,7 @@ def print_yardsticks(
     print(f"| learner in bfloat16 against itself in float32 | {figures(own - exact)} |")
     alone = score_alone(policy, samples[:ALONE])
     print(f"| learner packed against one by one, with other kernels | {figures(own[: len(alone)] - alone)} |")
-    for sums in ("bfloat16", "float32"):
+    for sums in SUMS:
         many, few = draws["float32", sums], draws[f"float32, {FEW} at a time", sums]
         difference = common_difference(many.completions, few.completions)
         print(f"| engine (sums {sums}) all at once against {FEW} at a time | {figures(difference)} |")
