@@ -40,10 +40,15 @@ class ComputeCopies:
                 owner._parameters[name] = master
             self._master_of = {}
 
+    def master_of(self, copy: Tensor) -> nn.Parameter | None:
+        """The float32 parameter that a copy stands in for; None if `copy` is none or is frozen."""
+        master = self._master_of.get(copy)
+        return None if master is None or not master.requires_grad else master
+
     def gradient_of(self, copy: Tensor) -> Tensor | None:
         """The float32 gradient that belongs to a copy, to be added to directly; None if `copy` is none or is frozen."""
-        master = self._master_of.get(copy)
-        if master is None or not master.requires_grad:
+        master = self.master_of(copy)
+        if master is None:
             return None
         if master.grad is None:
             master.grad = torch.zeros_like(master)
@@ -56,11 +61,19 @@ class ComputeCopies:
         copies: dict[nn.Parameter, nn.Parameter] = {}
         for owner, name, master in self._places:
             if master not in copies:
-                copies[master] = nn.Parameter(master.to(dtype), requires_grad=master.requires_grad)
+                copies[master] = nn.Parameter(_cast(master, dtype), requires_grad=master.requires_grad)
                 if master.requires_grad:
                     copies[master].register_post_accumulate_grad_hook(partial(_hand_over, master))
             owner._parameters[name] = copies[master]
         self._master_of = {copy: master for master, copy in copies.items()}
+
+
+def _cast(master: Tensor, dtype: torch.dtype) -> Tensor:
+    if not master.is_cuda or not master.is_contiguous():
+        return master.to(dtype)
+    from grpo.layers import pointwise  # Triton comes with CUDA builds of torch only
+
+    return pointwise.cast(master, dtype)
 
 
 @torch.no_grad()
@@ -71,7 +84,7 @@ def _hand_over(master: nn.Parameter, copy: Tensor) -> None:
         return
     total = torch.empty_like(master) if master.grad is None else master.grad
     if gradient.is_cuda and gradient.is_contiguous():
-        from grpo.layers import pointwise  # Triton comes with CUDA builds of torch only
+        from grpo.layers import pointwise
 
         pointwise.accumulate(total, gradient, add=master.grad is not None)
     elif master.grad is None:

@@ -75,13 +75,13 @@ def prepare_policy(
     module.train(trainable)  # transformers checkpoints only in train mode; nothing random is left in it
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trainable and ".indexer." not in name)  # an indexer has no gradient path
-    experts.install(module)
+    copies = ComputeCopies(module)
+    experts.install(module, copies)
     attention = choose_attention(module)
     decoder.install(module)
     routing = routing_replay.install(module) if keep_routing else None
     if gradient_checkpointing and trainable:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    copies = ComputeCopies(module)
     policy = PolicyModel(module, SupportHead(_output_layer(module), copies), routing, attention, copies)
     check_replay(policy)
     return policy

@@ -1,4 +1,4 @@
-"""The experts of a Mixture-of-Experts layer, registered with transformers as the implementation `keel`.
+"""The experts of a Mixture-of-Experts layer: the forward of transformers' experts modules, replaced.
 
 Tokens are sorted by expert once; every expert's rows then lie together for three grouped matrix products forward and
 the four of their gradients. Kept for backward are the layer's input, what the first product gave, and the permutation;
@@ -13,44 +13,51 @@ Shapes: T = tokens, K = experts per token, E = experts, d = hidden width, I = in
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import grouped_mm_experts_forward
 
+from grpo.compute_copies import ComputeCopies
 from grpo.layers.decoder import is_silu
 
-NAME = "keel"
+
+def install(module: PreTrainedModel, copies: ComputeCopies) -> None:
+    """Gives experts of the known layout `experts_forward`, if transformers lets experts be chosen at all.
+
+    Where they compute with copies of their weights, the gradients are added straight to the masters'.
+    """
+    if not module._can_set_experts_implementation():
+        return
+    module.set_experts_implementation("grouped_mm")
+    for experts in module.modules():
+        if _is_gated_silu(experts):
+            experts.forward = partial(experts_forward, copies, experts)
 
 
-def install(module: PreTrainedModel) -> None:
-    """Makes the model's experts run through `experts_forward`, if transformers lets them be chosen at all."""
-    if module._can_set_experts_implementation():
-        module.set_experts_implementation(NAME)
-
-
-def experts_forward(experts: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-    """transformers' experts interface: sum over k of weights[t, k] * expert[expert_ids[t, k]](hidden[t]), [T, d].
+def experts_forward(copies: ComputeCopies, experts: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+    """sum over k of weights[t, k] * expert[expert_ids[t, k]](hidden[t]), [T, d].
 
     Args:
+        copies: of the model that the experts are part of.
         experts: module with `gate_up_proj` [E, 2 I, d] and `down_proj` [E, d, I].
         hidden: float [T, d].
         expert_ids: int64 [T, K], each 0..E-1.
         weights: float [T, K].
     """
-    if not _is_gated_silu(experts):
-        return grouped_mm_experts_forward(experts, hidden, expert_ids, weights)
-    out: Any = _Experts.apply(hidden, expert_ids, weights, experts.gate_up_proj, experts.down_proj)
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    masters = copies.master_of(gate_up), copies.master_of(down)
+    out: Any = _Experts.apply(hidden, expert_ids, weights, gate_up, down, masters)
     return out
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
-
-
 def _is_gated_silu(experts: Any) -> bool:
+    if not hasattr(experts, "_apply_gate"):  # no experts
+        return False
     is_plain = experts.has_gate and not experts.has_bias and not experts.is_transposed
     has_halves = type(experts)._apply_gate.__module__ == grouped_mm_experts_forward.__module__  # not a gate of its own
     return is_plain and has_halves and not getattr(experts, "_is_expert_parallel", False) and is_silu(experts.act_fn)
@@ -72,11 +79,20 @@ def sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, expert_ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        masters: tuple[nn.Parameter | None, nn.Parameter | None],
+    ) -> Tensor:
         row_of_pair, ends = sort_by_expert(expert_ids, len(gate_up))
         inner = F.grouped_mm(_spread(hidden, row_of_pair), gate_up.transpose(1, 2), offs=ends)  # [T K, 2 I]
         rows = F.grouped_mm(_swiglu(inner), down.transpose(1, 2), offs=ends)  # [T K, d]
         ctx.save_for_backward(hidden, weights, gate_up, down, row_of_pair, ends, inner)
+        ctx.masters = masters
         return _combine(rows, row_of_pair, weights)
 
     @staticmethod
@@ -87,14 +103,33 @@ class _Experts(torch.autograd.Function):
         inner_grad, activation, row_weights_grad = _swiglu_grad(
             inner, F.grouped_mm(grad_rows, down, offs=ends), row_weights
         )
-        down_grad = F.grouped_mm(grad_rows.t(), activation, offs=ends)
+        down_grad = _weight_grad(grad_rows, activation, ends, ctx.masters[1])
         del grad_rows, activation
         rows = _spread(hidden, row_of_pair)
-        gate_up_grad = F.grouped_mm(inner_grad.t(), rows, offs=ends)
+        gate_up_grad = _weight_grad(inner_grad, rows, ends, ctx.masters[0])
         del rows
         hidden_grad = _combine(F.grouped_mm(inner_grad, gate_up, offs=ends), row_of_pair, None)
         weights_grad = row_weights_grad[row_of_pair].to(weights.dtype)
-        return hidden_grad, None, weights_grad, gate_up_grad, down_grad
+        return hidden_grad, None, weights_grad, gate_up_grad, down_grad, None
+
+
+def _weight_grad(left: Tensor, right: Tensor, ends: Tensor, master: nn.Parameter | None) -> Tensor | None:
+    """left^T right over each expert's rows: [R, M], [R, N] to [E, M, N]; None where it went into the master's gradient
+    without being rounded."""
+    if master is None or not left.is_cuda or not _has_aligned_rows(left) or not _has_aligned_rows(right):
+        return F.grouped_mm(left.t(), right, offs=ends)
+    from grpo.layers import grouped  # Triton comes with CUDA builds of torch only
+
+    add = master.grad is not None
+    if master.grad is None:
+        master.grad = torch.empty_like(master)
+    grouped.weight_grad(master.grad, left, right, ends, add=add)
+    return None
+
+
+def _has_aligned_rows(x: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes, as bulk copies need."""
+    return x.shape[1] * x.element_size() % 16 == 0
 
 
 def _swiglu(inner: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grpo.layers.flash_kernels import delta_kernel, forward_kernel, key_value_grad_kernel, query_grad_kernel
 
 
 class Tile(NamedTuple):
-    """Queries and keys one program holds at once, its warps, and loads in flight; the best of a sweep on an H100."""
+    """Queries and keys one program holds at once, its warps, and loads in flight; the best of sweeps on an H100 and an
+    H200."""
 
     rows: int
     columns: int
@@ -29,8 +31,10 @@ class Tile(NamedTuple):
 
 FORWARD = Tile(rows=64, columns=64, warps=4, stages=3)
 KEY_VALUE_GRAD = Tile(rows=64, columns=64, warps=4, stages=2)
-QUERY_GRAD = Tile(rows=128, columns=64, warps=8, stages=3)
-DELTA_ROWS = 64
+QUERY_GRAD = Tile(rows=64, columns=64, warps=4, stages=2)
+PAD = 64
+"""Rows that a sequence's statistics are padded to; a multiple of every tile's rows. Those of `KEY_VALUE_GRAD` must
+divide those of `FORWARD`, which writes what it reads."""
 
 
 def flash_attention(
@@ -58,11 +62,14 @@ class _Flash(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
     ) -> Tensor:
         out = torch.empty_like(query)
-        lse = torch.empty(query.shape[1], len(query), dtype=torch.float32, device=query.device)
-        grid = (triton.cdiv(max_seqlen, FORWARD.rows), query.shape[1], len(cu_seqlens) - 1)
+        num_sequences = len(cu_seqlens) - 1
+        stride = (len(query) // PAD + num_sequences) * PAD
+        lse = torch.empty(query.shape[1], stride, dtype=torch.float32, device=query.device)
+        grid = (triton.cdiv(max_seqlen, FORWARD.rows), query.shape[1], num_sequences)
+        blocks = (_blocks(states, FORWARD.columns) for states in (key, value))
         with torch.cuda.device_of(query):
             forward_kernel[grid](
-                query, key, value, out, lse, cu_seqlens, scale, len(query), **_heads(query, key), **_options(FORWARD)
+                query, *blocks, out, lse, cu_seqlens, scale, stride, **_heads(query, key), **_options(FORWARD)
             )
         ctx.save_for_backward(query, key, value, out, lse, cu_seqlens)
         ctx.max_seqlen, ctx.scale = max_seqlen, scale
@@ -71,28 +78,68 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, cu_seqlens = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        query_grad, key_grad, value_grad = (torch.empty_like(states) for states in (query, key, value))
-        delta = torch.empty_like(lse)
-        num_tokens, heads, num_sequences = len(query), query.shape[1], len(cu_seqlens) - 1
-        given, rest = (query, key, value, grad, lse, delta), (cu_seqlens, ctx.scale, num_tokens)
+        delta, num_sequences = torch.empty_like(lse), len(cu_seqlens) - 1
+        given = _Given(query, key, value, grads[0].contiguous(), lse, delta, cu_seqlens, ctx.max_seqlen, ctx.scale)
         with torch.cuda.device_of(query):
-            delta_kernel[(triton.cdiv(num_tokens, DELTA_ROWS), heads)](
-                out, grad, delta, num_tokens, H=heads, D=query.shape[2], ROWS=DELTA_ROWS
+            delta_kernel[(triton.cdiv(ctx.max_seqlen, PAD), query.shape[1], num_sequences)](
+                out, given.grad, delta, cu_seqlens, lse.shape[1], H=query.shape[1], D=query.shape[2], PAD=PAD
             )
-            blocks = triton.cdiv(ctx.max_seqlen, KEY_VALUE_GRAD.columns)
-            key_value_grad_kernel[(blocks, key.shape[1], num_sequences)](
-                *given, key_grad, value_grad, *rest, **_heads(query, key), **_options(KEY_VALUE_GRAD)
-            )
-            blocks = triton.cdiv(ctx.max_seqlen, QUERY_GRAD.rows)
-            query_grad_kernel[(blocks, heads, num_sequences)](
-                *given, query_grad, *rest, **_heads(query, key), **_options(QUERY_GRAD)
-            )
+            key_grad, value_grad = _key_value_grad(given)
+            query_grad = _query_grad(given)
         return query_grad, key_grad, value_grad, None, None, None
 
 
+class _Given(NamedTuple):
+    """What both kernels of the backward pass read."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad: Tensor
+    lse: Tensor
+    delta: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    scale: float
+
+    @property
+    def rest(self) -> tuple[Tensor, float, int]:
+        return self.cu_seqlens, self.scale, self.lse.shape[1]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+
+def _key_value_grad(given: _Given) -> tuple[Tensor, Tensor]:
+    query, key, value = given.query, given.key, given.value
+    rows, columns, *_ = tile = KEY_VALUE_GRAD
+    key_grad, value_grad = torch.empty_like(key), torch.empty_like(value)
+    key_value_grad_kernel[(triton.cdiv(given.max_seqlen, columns), key.shape[1], given.num_sequences)](
+        _blocks(query, rows), key, value, _blocks(given.grad, rows), given.lse, given.delta, key_grad, value_grad,
+        *given.rest, **_heads(query, key), **_options(tile),
+    )  # fmt: skip
+    return key_grad, value_grad
+
+
+def _query_grad(given: _Given) -> Tensor:
+    query, key, value = given.query, given.key, given.value
+    rows, columns, *_ = tile = QUERY_GRAD
+    query_grad = torch.empty_like(query)
+    query_grad_kernel[(triton.cdiv(given.max_seqlen, rows), query.shape[1], given.num_sequences)](
+        query, _blocks(key, columns), _blocks(value, columns), given.grad, given.lse, given.delta, query_grad,
+        *given.rest, **_heads(query, key), **_options(tile),
+    )  # fmt: skip
+    return query_grad
+
+
+def _blocks(states: Tensor, rows: int) -> TensorDescriptor:
+    """[T, H, D] as blocks of `rows` tokens of one head."""
+    return TensorDescriptor.from_tensor(states.flatten(1), [rows, states.shape[2]])
+
+
 def _heads(query: Tensor, key: Tensor) -> dict[str, int]:
-    return {"H": query.shape[1], "GROUP": query.shape[1] // key.shape[1], "D": query.shape[2]}
+    return {"H": query.shape[1], "GROUP": query.shape[1] // key.shape[1], "D": query.shape[2], "PAD": PAD}
 
 
 def _options(tile: Tile) -> dict[str, int]:

@@ -61,7 +61,7 @@ def test_fused_is_as_near_to_float32_as_plain(name: str, monkeypatch: pytest.Mon
     batches = [make_batch(name), make_batch(name, seed=1)]
     fused_logprobs, fused = run(make_policy(name, dtype=torch.bfloat16), batches)
     monkeypatch.setattr(decoder, "install", lambda module: None)
-    monkeypatch.setattr(experts, "install", lambda module: None)
+    monkeypatch.setattr(experts, "install", lambda module, copies: None)
     plain_logprobs, plain = run(make_policy(name, dtype=torch.bfloat16), batches)
     exact_logprobs, exact = run(make_policy(name, dtype=torch.float32), batches)
     assert not torch.equal(fused_logprobs, plain_logprobs), "the fused path was not taken"
@@ -97,3 +97,20 @@ def test_experts_that_no_token_chose_have_a_gradient_of_zero() -> None:
     for key in (k for k in grads if "experts" in k):
         chosen = grads[key].flatten(1).abs().amax(1) > 0
         assert chosen.nonzero()[:, 0].tolist() == [0, 2, 5, 7], key
+
+
+def test_gradients_of_experts_are_never_rounded_to_half_precision() -> None:
+    _, grads = run(make_policy("qwen3_moe", dtype=torch.bfloat16), [make_batch("qwen3_moe")])
+    experts_grads = {key: grad for key, grad in grads.items() if "experts" in key}
+    assert len(experts_grads) == 2 * 3
+    for key, grad in experts_grads.items():
+        assert (grad.bfloat16().float() != grad).float().mean() > 0.1, key
+
+
+def test_copies_are_the_masters_rounded_to_nearest() -> None:
+    policy = make_policy("qwen3", dtype=torch.bfloat16)
+    masters = dict(policy.module.named_parameters())
+    token_logprobs(policy, make_batch("qwen3"))
+    copies = dict(policy.module.named_parameters())
+    assert all(torch.equal(copies[name], master.bfloat16()) for name, master in masters.items())
+    reshard(policy)

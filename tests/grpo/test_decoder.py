@@ -100,6 +100,7 @@ def _expert_errors() -> dict[str, float]:
     want = _swiglu_grad(inner, grad, weights)
     return {
         "accumulate": _relative(total, grad + gate),
+        "cast": _relative(pointwise.cast(grad, torch.float16).float(), grad.half().float()),
         "swiglu": _relative(pointwise.swiglu(gate, up), _swiglu(inner)),
         "inner grad": _relative(inner_grad, want[0]),
         "activation": _relative(out, want[1]),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo.compute_copies import ComputeCopies
 from grpo.layers import experts
 from tests.moe_models import MOE_MODELS, NUM_EXPERTS, NUM_SLOTS, VOCAB_SIZE, build_model
 
@@ -30,7 +31,7 @@ def test_logits_and_gradients_equal_the_eager_ones(name: str, monkeypatch: pytes
     model = build_model(name)
     model.set_experts_implementation("eager")
     want, want_grads = logits_and_grads(model)
-    experts.install(model)
+    experts.install(model, ComputeCopies(model))
     calls: list[int] = []
     sort = experts.sort_by_expert
     monkeypatch.setattr(experts, "sort_by_expert", lambda *args: calls.append(1) or sort(*args))
@@ -54,7 +55,7 @@ def layer() -> tuple[Any, Tensor, Tensor, Tensor]:
 
 def test_experts_without_tokens_have_a_gradient_of_zero() -> None:
     module, hidden, ids, weights = layer()
-    experts.experts_forward(module, hidden, ids, weights).sum().backward()
+    experts.experts_forward(ComputeCopies(module), module, hidden, ids, weights).sum().backward()
     for parameter in (module.gate_up_proj, module.down_proj):
         used = parameter.grad.flatten(1).abs().amax(1) > 0
         assert used.tolist() == [expert in ids for expert in range(NUM_EXPERTS)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -66,20 +65,24 @@ def compile_kernels() -> dict[str, int]:
 
     from grpo.layers import flash, flash_kernels
 
-    def kind(name: str, constants: dict[str, Any]) -> str:
-        special = {"LSE": "*fp32", "DELTA": "*fp32", "CU": "*i32", "scale": "fp32", "num_tokens": "i32"}
-        return "constexpr" if name in constants else special.get(name, "*bf16")
+    def kind(name: str, tile: flash.Tile) -> str:
+        if name.endswith("_BLOCKS"):
+            rows = tile.columns if name in ("KEY_BLOCKS", "VALUE_BLOCKS") else tile.rows
+            return f"tensordesc<bf16[{rows},128]>"
+        special = {"LSE": "*fp32", "DELTA": "*fp32", "CU": "*i32", "scale": "fp32", "stride": "i32"}
+        return special.get(name, "*bf16")
 
     used = {}
     for kernel, tile in (
         (flash_kernels.forward_kernel, flash.FORWARD),
         (flash_kernels.key_value_grad_kernel, flash.KEY_VALUE_GRAD),
         (flash_kernels.query_grad_kernel, flash.QUERY_GRAD),
-        (flash_kernels.delta_kernel, flash.Tile(flash.DELTA_ROWS, 0, 4, 1)),
+        (flash_kernels.delta_kernel, flash.Tile(0, 0, 4, 1)),
     ):
-        constants = {"H": 32, "GROUP": 8, "D": 128, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        constants = {"H": 32, "GROUP": 8, "D": 128, "PAD": flash.PAD, "ROWS": tile.rows, "COLUMNS": tile.columns}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        source = ASTSource(kernel, {name: kind(name, constants) for name in kernel.arg_names}, constexprs=constants)
+        types = {name: "constexpr" if name in constants else kind(name, tile) for name in kernel.arg_names}
+        source = ASTSource(kernel, types, constexprs=constants)
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         used[kernel.__name__] = triton.compile(
             source, target=GPUTarget("cuda", 90, 32), options=options
