@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs in the engine")
     parser.add_argument("--microbatch", type=int, default=32768, help="packed tokens per forward")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument("--models", type=Path, help="keeps the model here: vLLM's compile cache goes by its path")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = run(arguments, Path(folder))
@@ -81,11 +82,13 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
     """Trains a few steps in `folder` and returns the metrics rows, the first one from before the first step."""
-    make_model(arguments.model, folder / "model")
+    model = (arguments.models or folder) / arguments.model
+    if not model.exists():
+        make_model(arguments.model, model)
     write_tasks(folder / "tasks.jsonl", num_tasks=512, prompt_tokens=arguments.prompt_tokens)
     (folder / "reward.py").write_text(REWARD)
     run_file = folder / "run.toml"
-    run_file.write_text(tomli_w.dumps(tables(arguments, folder)))
+    run_file.write_text(tomli_w.dumps(tables(arguments, folder, model)))
     started = time.perf_counter()
     run_dir = train(load_config(run_file), run_file=run_file)
     print(f"whole run {time.perf_counter() - started:.1f} s")
@@ -107,12 +110,12 @@ def copy_bandwidth() -> float:
     return 1 / statistics.median(times)
 
 
-def tables(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+def tables(arguments: argparse.Namespace, folder: Path, model: Path) -> dict[str, object]:
     """The run file."""
     length = arguments.prompt_tokens + arguments.new_tokens
     return {
         "run": {"name": "gpu", "steps": arguments.steps, "output_dir": str(folder / "runs"), "tensorboard": False},
-        "model": {"path": str(folder / "model")},
+        "model": {"path": str(model.resolve())},
         "tasks": {"train": "tasks.jsonl", "max_prompt_tokens": arguments.prompt_tokens},
         "sampling": {"top_p": 0.95, "max_new_tokens": arguments.new_tokens},
         "grpo": {

@@ -52,6 +52,7 @@ class TrainBatch:
     eps_high: Tensor  # float32 [B]
     domains: tuple[str, ...]  # [B]
     unbiased_kl: bool
+    needs_reference: bool  # some beta is above 0; decided here, since asking the tensor would wait for the GPU
 
     def __post_init__(self) -> None:
         num_rows, num_samples = len(self.rows), len(self.domains)
@@ -186,6 +187,7 @@ def pack(microbatch: MicroBatch) -> TrainBatch:
         advantages=torch.tensor([sample.advantage for sample in samples], dtype=torch.float32),
         domains=tuple(sample.domain for sample in samples),
         unbiased_kl=kinds.pop(),
+        needs_reference=any(objective.beta > 0 for objective in objectives),
         **_pack_knobs(objectives),
     )
 

@@ -62,23 +62,43 @@ class StepResult:
     time_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedModels:
+    """What a learner starts from, still in host memory; it keeps and changes them."""
+
+    policy: PolicyModel
+    reference: PolicyModel | None
+
+
+def load_models(spec: LearnerSpec) -> LoadedModels:
+    """Reads the model and, if any KL strength is above zero, the reference, and checks them; uses no GPU.
+
+    Raises:
+        UnknownRouterError: a router that routing replay does not understand.
+        ModelCheckError: packing, replay or the head do not do what they must on this model.
+    """
+    return LoadedModels(_read(spec, trainable=True), _read(spec, trainable=False) if spec.needs_reference else None)
+
+
 class Learner:
     """A training rank. The first policy version is 0; every `train` call makes the next one."""
 
-    def __init__(self, spec: LearnerSpec, *, rank: int = 0, world_size: int = 1) -> None:
-        """Loads the model and, if any KL strength is above zero, the reference.
+    def __init__(
+        self, spec: LearnerSpec, *, rank: int = 0, world_size: int = 1, loaded: LoadedModels | None = None
+    ) -> None:
+        """Takes over `loaded`, or loads them itself: raises what `load_models` raises.
 
         Raises:
-            UnknownRouterError: a router that routing replay does not understand.
-            ModelCheckError: packing, replay or the head do not do what they must on this model.
+            ModelCheckError: packed attention is wrong where it will run.
         """
-        self.spec, self.rank, self.world_size = spec, rank, world_size
+        self.spec, self.rank, self.world_size, self._loaded = spec, rank, world_size, loaded
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
         torch.manual_seed(spec.seed)
         self.policy = self._load(trainable=True)
         self.reference = self._load(trainable=False) if spec.needs_reference else None
+        self._loaded = None
         config = spec.config
         self.optimizer = torch.optim.AdamW(
             [p for p in self.policy.module.parameters() if p.requires_grad],
@@ -91,12 +111,9 @@ class Learner:
         self.num_updates = 0
 
     def _load(self, *, trainable: bool) -> PolicyModel:
-        model = load_policy(
-            self.spec.model_path,
-            keep_routing=self.spec.keep_routing and trainable,
-            gradient_checkpointing=self.spec.config.gradient_checkpointing,
-            trainable=trainable,
-        )
+        loaded = self._loaded
+        model = (loaded.policy if trainable else loaded.reference) if loaded else _read(self.spec, trainable=trainable)
+        assert model is not None, "loaded for a run without a reference"
         shard_policy(model, compute_dtype=getattr(torch, self.spec.config.dtype), world_size=self.world_size)
         return model
 
@@ -262,6 +279,15 @@ class Learner:
         if is_fresh:
             difference = np.abs(_array(logprobs) - _array(batch.behavior_logprobs))
             stats.add_mismatch(difference[_is_fresh_sample(staleness, batch)])
+
+
+def _read(spec: LearnerSpec, *, trainable: bool) -> PolicyModel:
+    return load_policy(
+        spec.model_path,
+        keep_routing=spec.keep_routing and trainable,
+        gradient_checkpointing=spec.config.gradient_checkpointing,
+        trainable=trainable,
+    )
 
 
 def _is_fresh_sample(staleness: np.ndarray, batch: TrainBatch) -> np.ndarray:

@@ -77,7 +77,7 @@ def _kl(inputs: LossInputs) -> Tensor:
     """Per-token KL estimate [N] in nats; zero where no reference is held."""
     batch, reference = inputs.batch, inputs.reference_logprobs
     if reference is None:
-        if bool((batch.beta > 0).any()):
+        if batch.needs_reference:
             raise ValueError(
                 "stability.beta is above 0 for a sample of this batch, but no reference_logprobs were computed"
             )

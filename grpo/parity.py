@@ -15,7 +15,10 @@ import numpy as np
 from grpo.advantage import Objective, TrainSample, completion_segment
 from rollout.types import Completion, GenerateRequest
 
-_MAX_PROBE_TOKENS = 16
+_MAX_NEW_TOKENS = 4
+"""The first comes out of the prompt's step, the others out of decoding steps, which run other kernels and graphs."""
+_SEEDS_PER_PROMPT = 8
+"""Many short samples: the steps of the longest one follow each other, and training waits for them."""
 _OBJECTIVE = Objective(beta=0.0, delta=None, eps_low=0.2, eps_high=0.2, temperature=1.0)
 
 
@@ -63,12 +66,13 @@ def make_probe(
     requests = tuple(
         GenerateRequest(
             prompt_token_ids=prompt,
-            seeds=(2 * index, 2 * index + 1),
+            seeds=tuple(range(_SEEDS_PER_PROMPT * index, _SEEDS_PER_PROMPT * (index + 1))),
             temperature=1.0,
             top_p=0.98 if truncated else 1.0,
             top_k=min(64, vocab_size) if truncated else 0,
-            max_new_tokens=min(_MAX_PROBE_TOKENS, max_new_tokens),
+            max_new_tokens=min(_MAX_NEW_TOKENS, max_new_tokens),
             stop_token_ids=(),
+            goes_first=True,
         )
         for index, prompt in enumerate(prompts)
     )

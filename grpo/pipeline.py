@@ -49,6 +49,10 @@ class GroupPipeline(Generic[T]):
     def state(self) -> PipelineState:
         return PipelineState(self._next_index, (*(index for index, _ in self._in_flight), *self._redraw))
 
+    def start(self, num_groups: int) -> None:
+        """Begins to draw the next `num_groups` groups, as far as they are not under way."""
+        self._fill(num_groups)
+
     async def take(
         self, num_groups: int, *, counts: Callable[[T], bool] | None = None, limit: int | None = None
     ) -> Sequence[T]:

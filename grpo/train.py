@@ -89,6 +89,8 @@ class Trainer:
         )
         self.step = 0
         self.stop = asyncio.Event()
+        self.drawing_since: float | None = None
+        """When drawing the next step's groups began, on `time.perf_counter`; None before."""
 
     async def run(self, *, resume: bool) -> None:
         """Brings the cluster up, trains, and takes it down whatever happens."""
@@ -105,6 +107,8 @@ class Trainer:
         run, grpo = self.config.run, self.config.grpo
         while self.step < run.steps and not self.stop.is_set():
             started = time.perf_counter()
+            since = started if self.drawing_since is None else self.drawing_since
+            self.drawing_since = None
             groups = await self._unless_stopped(self._next_groups())
             if groups is None:
                 break
@@ -121,10 +125,10 @@ class Trainer:
             results = await self.cluster.train(updates, self._dump_dir())
             trained = time.perf_counter()
             self.step += 1
-            sync = await self.cluster.sync_weights()
+            sync = await self.cluster.sync_weights(self._draw_next)
             metrics = {**rollout_metrics(groups, batch), **learner_metrics(results)}
             metrics |= fresh_mismatch(metrics, sync, is_probe_alike=self._probes_like_training())
-            metrics |= self._times(groups, started, taken, trained, sync) | await self._evaluate_if_due()
+            metrics |= self._times(groups, since, started, taken, trained, sync) | await self._evaluate_if_due()
             metrics["time/step_s"] = time.perf_counter() - started
             self._report(groups, metrics)
             if run.checkpoint_every and self.step % run.checkpoint_every == 0:
@@ -141,7 +145,7 @@ class Trainer:
             max_off_policy_steps=self.config.grpo.max_off_policy_steps,
             state=state.pipeline,
         )
-        sync = await self.cluster.sync_weights()
+        sync = await self.cluster.sync_weights(self._draw_next)
         self.metrics = MetricsLog(self.run_dir, tensorboard=self.config.run.tensorboard)
         self.samples = SampleLog(self.run_dir, samples_per_step=self.config.debug.samples_per_step)
         self.progress.start(self.config.run.steps, done=self.step)
@@ -178,6 +182,12 @@ class Trainer:
             index, self.stream.task(index), num_samples=self.config.grpo.group_size, seed=self.config.run.seed
         )
 
+    def _draw_next(self) -> None:
+        """Begins to draw the next step's groups beside the probe: nothing is trained on them before it has passed."""
+        if self.step < self.config.run.steps and not self._is_evaluation_due:
+            self.pipeline.start(self.config.grpo.prompts_per_step)
+            self.drawing_since = time.perf_counter()
+
     async def _next_groups(self) -> Sequence[DrawnGroup]:
         """The step's groups; with `refill_zero_signal`, more of them until enough carry a signal."""
         grpo = self.config.grpo
@@ -205,13 +215,13 @@ class Trainer:
         return self.config.stability.keep_sampling_mask or not self.config.truncates
 
     def _times(
-        self, groups: Sequence[DrawnGroup], started: float, taken: float, trained: float, sync: SyncResult
+        self, groups: Sequence[DrawnGroup], since: float, started: float, taken: float, trained: float, sync: SyncResult
     ) -> dict[str, float]:
         """Where the step's time went; generation ahead of the step shows only as far as the step waited for it."""
         generated = min(taken, max(started, *(group.generated_at for group in groups)))
         tokens = sum(answer.num_tokens for group in groups for answer in group.scored.answers)
         is_synchronous = self.config.grpo.max_off_policy_steps == 0
-        generating = generated - started if is_synchronous else trained - started + sync.sync_s + sync.probe_s
+        generating = generated - since if is_synchronous else trained - started + sync.sync_s + sync.probe_s
         return {
             "rollout/tokens_per_s": tokens / generating if generating > 0 else math.nan,
             "time/generate_s": generated - started,
@@ -220,9 +230,14 @@ class Trainer:
             **sync_metrics(sync, self.cluster.pool.num_restarts),
         }
 
+    @property
+    def _is_evaluation_due(self) -> bool:
+        run = self.config.run
+        return run.eval_every > 0 and (self.step % run.eval_every == 0 or self.step >= run.steps)
+
     async def _evaluate_if_due(self) -> dict[str, float]:
         run = self.config.run
-        if not run.eval_every or (self.step % run.eval_every and self.step < run.steps):
+        if not self._is_evaluation_due:
             return {}
         started = time.perf_counter()
         metrics = await evaluate(self.sampler, self.preflight.eval_tasks, num_samples=run.eval_samples, seed=run.seed)

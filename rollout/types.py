@@ -164,3 +164,5 @@ class GenerateRequest:
     """0 = no top-k bound."""
     max_new_tokens: int
     stop_token_ids: tuple[int, ...]
+    goes_first: bool = False
+    """Starts before every waiting request that does not; nothing that runs makes room for it."""

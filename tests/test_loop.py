@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,17 +13,22 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 from safetensors.torch import load_file
 
+from grpo.assembly import make_cluster
 from grpo.checkpoint import list_checkpoints, read_trainer_state
 from grpo.config import load_config
 from grpo.metrics import read_metrics, read_rows
 from grpo.parity import ParityError
+from grpo.preflight import check
 from grpo.train import train
+from rollout.types import Completion, GenerateRequest
 from rollout.weight_sync import WeightBucket, pack_buckets, unpack_bucket
 from rollout.worker import RolloutWorker
 from tests.toy import write_run
@@ -61,6 +69,36 @@ def test_a_corrupted_sync_is_caught_by_the_probe_and_stops_the_run(ray_address, 
     with pytest.raises(ParityError, match=r"rollout worker 0 does not hold the learner's weights .* version 1"):
         train(config, run_file=run_file, worker_class=CorruptingWorker)
     assert [row["step"] for row in read_metrics(config.run_dir)] == [0], "nothing may be trained on a corrupt engine"
+
+
+class PatientWorker(RolloutWorker):
+    """Holds the first probe's samples back until a group is asked for."""
+
+    num_updates = num_probes = 0
+
+    async def finish_weight_update(self, policy_version: int) -> None:
+        self.group_came = asyncio.Event() if self.num_updates == 0 else self.group_came
+        self.num_updates += 1
+        await super().finish_weight_update(policy_version)
+
+    async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
+        is_probe = len(request.seeds) != 4
+        self.num_probes += is_probe
+        completions = await super().generate(request)
+        if not is_probe:
+            assert self.num_probes >= 4, "the probe's requests come first"
+            self.group_came.set()
+        elif self.num_updates == 1:
+            await asyncio.wait_for(self.group_came.wait(), 20)
+        return completions
+
+
+def test_the_next_groups_are_drawn_beside_the_probe(ray_address, toy_model, tmp_path):
+    run_file = write_run(tmp_path, toy_model, cluster={"address": ray_address}, run={"steps": 2})
+    config = load_config(run_file)
+    train(config, run_file=run_file, worker_class=PatientWorker)
+    rows = read_metrics(config.run_dir)
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[-1]["train/staleness_max"] == 0
 
 
 def test_a_killed_worker_is_replaced_and_no_sample_is_lost_or_doubled(ray_address, toy_model, tmp_path):
@@ -185,3 +223,44 @@ def _run_and_signal(
     process.send_signal(number)
     output, _ = process.communicate(timeout=120)
     return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+class WaitingWorker(RolloutWorker):
+    """Comes up when a file lies beside the model."""
+
+    def __init__(self, model_path: str, *arguments: Any, **keywords: Any) -> None:
+        while not (Path(model_path).parent / "come-up").exists():
+            time.sleep(0.02)
+        super().__init__(model_path, *arguments, **keywords)
+        self._folder = Path(model_path).parent
+
+    async def begin_weight_update(self) -> None:
+        (self._folder / "frozen").write_text(str(gc.get_freeze_count()))
+        await super().begin_weight_update()
+
+
+def test_the_learner_takes_its_gpu_memory_after_the_engines_have(ray_address, toy_model, tmp_path):
+    """vLLM measures free memory while it starts: it must not change under it."""
+    model = Path(shutil.copytree(toy_model, tmp_path / "model"))
+    run_file = write_run(tmp_path, model, cluster={"address": ray_address})
+    config = load_config(run_file)
+    cluster = make_cluster(config, check(config, run_file), worker_class=WaitingWorker)
+
+    async def bring_up() -> None:
+        starting = asyncio.create_task(cluster.start())
+        while not hasattr(cluster, "_ranks"):
+            await asyncio.sleep(0.02)
+        (rank,) = cluster._ranks
+        await rank.free_address.remote()  # answers when it has read the model
+        await asyncio.sleep(2)
+        with pytest.raises(RayTaskError, match="no attribute '_learner'"):
+            await rank.policy_version.remote()
+        (tmp_path / "come-up").touch()
+        await starting
+        assert (await cluster.sync_weights()).policy_version == 0
+        assert int((tmp_path / "frozen").read_text()) > 100_000, "modules must not be searched for garbage in a step"
+
+    try:
+        asyncio.run(bring_up())
+    finally:
+        cluster.shutdown()

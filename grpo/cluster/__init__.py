@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,12 +98,12 @@ class Cluster:
         )
         world = config.learner.ranks
         self._ranks = [ray.remote(LearnerActor).options(**self._placement.rank(i)).remote() for i in range(world)]
-        address = await self._wait_rank(0, self._ranks[0].free_address.remote(), "come up", "start_timeout_s")
-        builds = [
-            self._wait_rank(i, rank.build.remote(self._spec, i, world, address), "load the model", "start_timeout_s")
-            for i, rank in enumerate(self._ranks)
-        ]
-        await asyncio.gather(self.pool.wait_until_up(), *builds)
+        reads = [rank.read_model.remote(self._spec, world) for rank in self._ranks]
+        await asyncio.gather(self.pool.wait_until_up(), *self._starts(reads, "load the model"))
+        # Only now: vLLM sizes its cache by the GPU memory that is free while it starts, and stops if it grows.
+        address = await self._wait_rank(0, self._ranks[0].free_address.remote(), "answer", "start_timeout_s")
+        builds = [rank.build.remote(self._spec, i, world, address) for i, rank in enumerate(self._ranks)]
+        await asyncio.gather(*self._starts(builds, "take up the model"))
         self._weight_bytes = await self._wait_rank(0, self._ranks[0].weight_bytes.remote(), "answer", "start_timeout_s")
 
     def shutdown(self) -> None:
@@ -151,14 +151,16 @@ class Cluster:
         calls = [rank.train.remote(part, dump_to) for rank, part in zip(self._ranks, parts, strict=True)]
         return await self._wait_ranks(calls, "train on the step's batch")
 
-    async def sync_weights(self) -> SyncResult:
+    async def sync_weights(self, on_resume: Callable[[], None] = lambda: None) -> SyncResult:
         """Streams the learner's weights into every worker, then probes each.
+
+        `on_resume` is called when the engines go on: what it asks them for is drawn beside the probe.
 
         Raises:
             ParityError: an engine does not answer as the learner does.
         """
         async with self._sync_lock:
-            return await self._sync(self.pool.ready_slots)
+            return await self._sync(self.pool.ready_slots, on_resume)
 
     async def save(self, folder: Path) -> None:
         """Every rank writes its share of the training state."""
@@ -174,23 +176,26 @@ class Cluster:
 
     async def _refresh(self, slot: Slot) -> None:
         async with self._sync_lock:
-            await self._sync([slot])
+            await self._sync([slot], lambda: None)
 
-    async def _sync(self, slots: Sequence[Slot]) -> SyncResult:
+    async def _sync(self, slots: Sequence[Slot], on_resume: Callable[[], None]) -> SyncResult:
         started = time.perf_counter()
         pool = self.pool
         version = await self._wait_rank(0, self._ranks[0].policy_version.remote(), "answer", "train_timeout_s")
         if self._config.rollout.sleep_while_training:
             calls = [rank.release_cached_memory.remote() for rank in self._ranks]
             await self._wait_ranks(calls, "release memory")
+        streams = self._start_weight_streams()  # the first bucket is packed while the engines come to rest
         alive = await pool.on_each(slots, lambda actor: actor.begin_weight_update.remote(), "pause for a weight sync")
-        async for bucket in self._weight_stream():
+        async for bucket in self._weight_buckets(streams):
             alive = await pool.on_each(alive, lambda actor, b=bucket: actor.load_weights.remote(b), "load new weights")
-        alive = await pool.on_each(
-            alive, lambda actor: actor.finish_weight_update.remote(version), "finish a weight sync"
-        )
+        # Asked for while the engines are held, the probe's samples are the first that they draw when they go on.
+        drawing = [[pool.generate_on(slot, r, "the parity probe") for r in self._probe.requests] for slot in alive]
+        await pool.on_each(alive, lambda actor: actor.finish_weight_update.remote(version), "finish a weight sync")
         synced = time.perf_counter()
-        errors = [await self._probe_slot(slot, version) for slot in alive]
+        on_resume()
+        probes = (self._probe_slot(slot, version, calls) for slot, calls in zip(alive, drawing, strict=True))
+        errors = await asyncio.gather(*probes)
         return SyncResult(
             version,
             parity_error=max(errors, default=0.0),
@@ -199,20 +204,24 @@ class Cluster:
             probe_s=time.perf_counter() - synced,
         )
 
-    async def _weight_stream(self) -> AsyncIterator[Any]:
-        """References to the weight buckets of rank 0; every rank takes part in gathering them."""
+    def _start_weight_streams(self) -> list[Any]:
+        """Starts packing on every rank; a few buckets run ahead of what is read."""
         options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
         on_device = self._placement.same_gpu
-        streams = [rank.weight_buckets.options(**options).remote(on_device) for rank in self._ranks]
+        return [rank.weight_buckets.options(**options).remote(on_device) for rank in self._ranks]
+
+    async def _weight_buckets(self, streams: Sequence[Any]) -> AsyncIterator[Any]:
+        """References to the weight buckets of rank 0; every rank takes part in gathering them."""
         async for bucket in streams[0]:
             yield bucket
         ends = [self._wait_rank(i, s.completed(), "send its weights", "sync_timeout_s") for i, s in enumerate(streams)]
         await asyncio.gather(*ends)
 
-    async def _probe_slot(self, slot: Slot, version: int) -> float:
-        what = "the parity probe"
+    async def _probe_slot(
+        self, slot: Slot, version: int, drawing: Sequence[Awaitable[tuple[Completion, ...]]]
+    ) -> float:
         try:
-            drawn = await asyncio.gather(*(self.pool.generate_on(slot, r, what) for r in self._probe.requests))
+            drawn = await asyncio.gather(*drawing)
         except RayActorError:
             self.pool.replace(slot)
             return 0.0
@@ -224,6 +233,9 @@ class Cluster:
     async def _wait_ranks(self, calls: Sequence[Any], what: str) -> list[Any]:
         waits = [self._wait_rank(i, call, what, "train_timeout_s") for i, call in enumerate(calls)]
         return list(await asyncio.gather(*waits))
+
+    def _starts(self, calls: Sequence[Any], what: str) -> list[Awaitable[Any]]:
+        return [self._wait_rank(i, call, what, "start_timeout_s") for i, call in enumerate(calls)]
 
     async def _wait_rank(self, number: int, call: Any, what: str, setting: str) -> Any:
         try:

@@ -7,6 +7,7 @@ the driver, so they outlive the worker that made them.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 
 from grpo.advantage import Segment, TrainSample
 from grpo.batch import MicroBatch, pack
-from grpo.learner import Learner, LearnerSpec, StepResult
+from grpo.learner import Learner, LearnerSpec, LoadedModels, StepResult, load_models
 from grpo.replay import dump_step
 from rollout.types import Completion, GenerateRequest, Replay
 from rollout.weight_sync import WeightBucket
@@ -42,7 +43,9 @@ class RolloutActor:
     """A rollout worker behind Ray."""
 
     def __init__(self, worker_class: type[RolloutWorker], kwargs: dict[str, Any]) -> None:
+        gc.freeze()  # the modules; starting vLLM would have them searched for garbage again and again
         self._worker = worker_class(**kwargs)
+        _keep_for_good()
 
     async def pid(self) -> int:
         return os.getpid()
@@ -70,6 +73,7 @@ class RolloutActor:
 class LearnerActor:
     """A learner rank behind Ray."""
 
+    _loaded: LoadedModels
     _learner: Learner
 
     def free_address(self) -> str:
@@ -78,17 +82,22 @@ class LearnerActor:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def build(self, spec: LearnerSpec, rank: int, world_size: int, address: str) -> None:
+    def read_model(self, spec: LearnerSpec, world_size: int) -> None:
         if torch.cuda.is_available():  # the CPU only loads and checks the model
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
         else:
             torch.set_num_threads(spec.config.cpu_threads)
+        self._loaded = load_models(spec)
+
+    def build(self, spec: LearnerSpec, rank: int, world_size: int, address: str) -> None:
         if world_size > 1:
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             torch.distributed.init_process_group(
                 backend, init_method=f"tcp://{address}", rank=rank, world_size=world_size
             )
-        self._learner = Learner(spec, rank=rank, world_size=world_size)
+        self._learner = Learner(spec, rank=rank, world_size=world_size, loaded=self._loaded)
+        del self._loaded
+        _keep_for_good()
 
     def train(self, updates: Sequence[Sequence[MicroBatch]], dump_to: Path | None) -> StepResult:
         batches = [[pack(microbatch) for microbatch in fetch_records(microbatches)] for microbatches in updates]
@@ -123,6 +132,13 @@ class LearnerActor:
 
     def export(self, folder: Path) -> None:
         self._learner.export(folder)
+
+
+def _keep_for_good() -> None:
+    """Takes what is alive now, and will be to the end of the process, out of all later searches for garbage: each of
+    them would hold up a step by some tenths of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def fetch_records(microbatches: Sequence[MicroBatch]) -> list[MicroBatch]:

@@ -19,13 +19,13 @@ async def wait_for(awaitable: Awaitable[T], limit_s: float, who: str, what: str,
     Raises:
         ClusterError: `who` did not do `what` within `limit_s` seconds; `setting` is the key that raises the limit.
     """
+    limit = asyncio.timeout(limit_s)
     try:
-        return await asyncio.wait_for(_as_coroutine(awaitable), limit_s)
+        async with limit:
+            return await awaitable
     except TimeoutError:
+        if not limit.expired():  # the answer itself: something over there took too long
+            raise
         raise ClusterError(
             f"the driver waited {limit_s:g} s for {who} to {what}: it hangs, or needs longer (cluster.{setting})"
         ) from None
-
-
-async def _as_coroutine(awaitable: Awaitable[T]) -> T:
-    return await awaitable

@@ -79,20 +79,26 @@ class RolloutPool:
             except RayActorError:
                 self.replace(slot)
 
-    async def generate_on(self, slot: Slot, request: GenerateRequest, what: str) -> tuple[Completion, ...]:
-        """Draws a request on one worker.
+    def generate_on(self, slot: Slot, request: GenerateRequest, what: str) -> asyncio.Task[tuple[Completion, ...]]:
+        """Draws a request on one worker, which is asked at once, not when the result is awaited.
 
-        Raises:
-            RayActorError: the worker died.
+        The result raises RayActorError if the worker died.
         """
-        actor, limit = slot.actor, self._limits.generate_timeout_s
-        slot.num_outstanding += len(request.seeds)
-        try:
-            light_ref, record_ref = actor.generate.remote(request)
-            light = await wait_for(light_ref, limit, slot.name, f"generate {what}", "generate_timeout_s")
-        finally:
+        actor, num_asked = slot.actor, len(request.seeds)
+        light_ref, record_ref = actor.generate.remote(request)
+        answer = asyncio.create_task(self._answer(slot.name, light_ref, record_ref, what))
+        slot.num_outstanding += num_asked
+
+        def settle(_: asyncio.Task[Any]) -> None:
             if slot.actor is actor:
-                slot.num_outstanding -= len(request.seeds)
+                slot.num_outstanding -= num_asked
+
+        answer.add_done_callback(settle)
+        return answer
+
+    async def _answer(self, worker: str, light_ref: Any, record_ref: Any, what: str) -> tuple[Completion, ...]:
+        limit = self._limits.generate_timeout_s
+        light = await wait_for(light_ref, limit, worker, f"generate {what}", "generate_timeout_s")
         return tuple(replace(c, replay=ReplayRef(record_ref, i)) for i, c in enumerate(light))
 
     async def on_each(self, slots: Sequence[Slot], call: Callable[[Any], Awaitable[Any]], what: str) -> list[Slot]:

@@ -101,6 +101,7 @@ def make_request(core: Any, request_id: str, request: GenerateRequest, seed: int
         sampling_params=sampling_params(request, seed, vocab_size),
         pooling_params=None,
         block_hasher=core.request_block_hasher,
+        priority=-1 if request.goes_first else 0,
     )
 
 

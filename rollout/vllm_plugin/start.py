@@ -37,6 +37,7 @@ def start_llm_engine(
     from vllm.v1.engine.llm_engine import LLMEngine
 
     check_version(vllm.__version__)
+    _import_model(model_path)
     from rollout.vllm_plugin.recorder import start_recording
 
     arguments = _common_arguments(model_path, config) | {
@@ -65,6 +66,18 @@ def start_llm_engine(
     return engine
 
 
+def _import_model(model_path: str) -> None:
+    """Registers the model's class with vLLM, which would else look at it in a process of its own to keep the GPU out of
+    this one: half a minute where nothing is cached yet. Here the engine is about to run in this process anyway."""
+    from vllm import ModelRegistry
+    from vllm.transformers_utils.config import get_config
+
+    for architecture in get_config(model_path, trust_remote_code=False).architectures or ():
+        model = ModelRegistry.models.get(architecture)
+        if model is not None:  # else vLLM has more to say about it
+            ModelRegistry.register_model(architecture, model.load_model_cls())
+
+
 def _set_environment(config: RolloutConfig) -> None:
     os.environ[ENGINE_VARIABLE] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
@@ -91,6 +104,7 @@ def _common_arguments(model_path: str, config: RolloutConfig) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",
         "weight_transfer_config": {"backend": "keel"},
         "disable_log_stats": True,
+        "scheduling_policy": "priority",  # equal ones in the order of their arrival
         "scheduler_cls": "rollout.vllm_plugin.scheduler.RecordingScheduler",
         "use_tqdm_on_load": False,
         **ENGINE_ARGUMENTS,

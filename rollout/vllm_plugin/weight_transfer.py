@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 from vllm.platforms import current_platform
 
+from rollout.vllm_plugin.whole_experts import WholeExperts
 from rollout.weight_sync import DeviceBuffer, WeightBucket, unpack_bucket
 
 BACKEND = "keel"
@@ -61,6 +62,7 @@ class BucketWeightTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._moe_kernels: list[tuple[Any, Any]] = []
+        self._whole_experts: WholeExperts | None = None
 
     def init_transfer_engine(self, init_info: BucketInit) -> None:
         """Nothing to connect."""
@@ -71,6 +73,7 @@ class BucketWeightTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
         if current_platform.is_cpu():
             self._drop_moe_kernels()
         initialize_layerwise_reload(self.model)
+        self._whole_experts = WholeExperts(self.model)
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
         """Loads one bucket; a layer is packed as soon as the last of its tensors is there.
@@ -78,20 +81,26 @@ class BucketWeightTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
         Raises WeightLoadError with the tensor's name if vLLM does not take it.
         """
         model: Any = self.model
+        experts = self._whole_experts
+        assert experts is not None, "vLLM has called start_weight_update before"
         names: list[str] = []
+        addresses: set[int] = set()
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in unpack_bucket(update_info.bucket):
                 names.append(name)
+                addresses.add(tensor.untyped_storage().data_ptr())
                 yield name, tensor
 
         try:
-            model.load_weights(tensors())
+            model.load_weights(experts.load(tensors()))
         except Exception as error:
             reason = f"{type(error).__name__} {error}".strip()
             raise WeightLoadError(f"tensor {names[-1:]} does not fit the engine's model ({reason})") from error
         if isinstance(update_info.bucket.buffer, DeviceBuffer):
-            torch.accelerator.synchronize()  # the sender fills this memory again as soon as this returns
+            self._copy_what_waits(addresses)
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()  # the sender fills this memory again as soon as this returns
 
     def finish_weight_update(self) -> None:
         """Closes the update. Raises IncompleteUpdateError, with the layers named, if tensors are missing."""
@@ -114,6 +123,15 @@ class BucketWeightTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
 
     def shutdown(self) -> None:
         """Nothing to release."""
+
+    def _copy_what_waits(self, addresses: set[int]) -> None:
+        """A layer that waits for more of its tensors keeps those that came; they must not stay in the sender's memory,
+        which begins at these addresses."""
+        for layer in self.model.modules():
+            for _, call in get_layerwise_info(layer).loaded_weights:
+                for name, value in call.arguments.items():
+                    if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in addresses:
+                        call.arguments[name] = value.clone()
 
     def _drop_moe_kernels(self) -> None:
         # On a reload, vLLM's CPU build skips the expert prepack where a kernel object already exists, and raw weights

@@ -72,6 +72,7 @@ def pack_by_hand(sequences: Sequence[HandSequence], *, unbiased_kl: bool = True)
         eps_high=per_sample("eps_high"),
         domains=("test",) * len(sequences),
         unbiased_kl=unbiased_kl,
+        needs_reference=any(s.beta > 0 for s in sequences),
     )
 
 

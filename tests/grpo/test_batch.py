@@ -50,6 +50,15 @@ def test_the_documented_example():
     torch.testing.assert_close(batch.behavior_logprobs, torch.tensor([-0.1, -0.2, -0.3]))
 
 
+@pytest.mark.parametrize(("betas", "needed"), [((0.0, 0.0), False), ((0.0, 0.1), True)])
+def test_one_sample_with_a_beta_makes_its_batch_need_the_reference(betas, needed):
+    samples = [
+        replace(sample, objective=replace(OBJECTIVE, beta=beta))
+        for sample, beta in zip(make_samples(0, num_groups=1), betas, strict=False)
+    ]
+    assert pack(MicroBatch(tuple(samples), (1.0,) * len(samples))).needs_reference is needed
+
+
 def test_a_trajectory_of_two_segments_is_one_sample_with_separate_positions():
     rng = np.random.default_rng(0)
     segments = tuple(make_segment(rng, num_prompt=2, num_sampled=n, vocab=9) for n in (3, 1))

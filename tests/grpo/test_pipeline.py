@@ -69,6 +69,25 @@ def test_a_resumed_pipeline_draws_the_pending_groups_again_first():
     assert taken == [2, 3, 4, 5, 6, 7]
 
 
+def test_groups_that_were_started_are_drawn_once_and_taken_in_order():
+    async def run():
+        started: list[int] = []
+
+        async def draw(index: int) -> int:
+            started.append(index)
+            return index
+
+        pipeline = GroupPipeline(draw, groups_per_step=2, max_off_policy_steps=0, state=PipelineState(4))
+        pipeline.start(2)
+        await asyncio.sleep(0)
+        assert started == [4, 5] and pipeline.state == PipelineState(6, (4, 5))
+        pipeline.start(2)
+        taken = [*await pipeline.take(2), *await pipeline.take(2)]
+        return started, taken
+
+    assert asyncio.run(run()) == ([4, 5, 6, 7], [4, 5, 6, 7])
+
+
 def test_a_cancelled_take_leaves_every_group_pending():
     async def run():
         async def never(index: int) -> int:

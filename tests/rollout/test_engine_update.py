@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from rollout.config import RolloutConfig
 from rollout.engine import EngineError
 from rollout.types import Completion, GenerateRequest
-from rollout.weight_sync import pack_buckets
+from rollout.weight_sync import DeviceBuffer, WeightBucket, pack_buckets, unpack_bucket
 from rollout.worker import RolloutWorker
 from tests.rollout.engine_reference import compare, load_reference
 from tests.tiny_models import make_deepseek_v3, make_qwen3_moe, perturb
 
 Tensors = list[tuple[str, Tensor]]
+NUM_SLOTS = 16
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def worker(folder: Path) -> Iterator[RolloutWorker]:
-    config = RolloutConfig(dtype="float32")
+    config = RolloutConfig(dtype="float32", max_concurrent_sequences=NUM_SLOTS)
     worker = RolloutWorker(str(folder), config, max_model_len=256, record_kept=True, record_routing=True)
     yield worker
     asyncio.run(worker.shutdown())
@@ -107,6 +110,25 @@ def test_an_engine_sleeps_only_if_it_was_started_to(worker: RolloutWorker) -> No
     with pytest.raises(EngineError, match=r"rollout\.sleep_while_training"):
         asyncio.run(worker.sleep())
     assert generate(worker, make_request(3)).num_tokens == 30
+
+
+def test_a_request_that_goes_first_does_not_wait_for_those_that_an_update_stopped(
+    worker: RolloutWorker, model: PreTrainedModel
+) -> None:
+    async def run() -> None:
+        calls = [asyncio.ensure_future(worker.generate(make_request(seed, 100))) for seed in range(NUM_SLOTS + 4)]
+        await running(worker, NUM_SLOTS)
+        await worker.begin_weight_update()
+        first = asyncio.ensure_future(worker.generate(replace(make_request(99, 4), goes_first=True)))
+        await asyncio.sleep(0)
+        for bucket in pack_buckets(checkpoint(model), max_bytes=1_000_000):
+            await worker.load_weights(bucket)
+        await worker.finish_weight_update(20)
+        (completion,) = await first
+        assert completion.num_tokens == 4 and not any(call.done() for call in calls)
+        assert [c.num_tokens for call in calls for c in await call] == [100] * len(calls)
+
+    asyncio.run(run())
 
 
 def test_running_requests_go_on_under_the_new_weights(
@@ -235,6 +257,49 @@ def test_read_only_buckets_load(worker: RolloutWorker, model: PreTrainedModel) -
 
     asyncio.run(run())
     assert error_of(model, make_request(9), generate(worker, make_request(9))) < 2e-5
+
+
+@pytest.mark.parametrize("max_bytes", [3_000, 10_000_000])
+def test_experts_that_lie_in_one_piece_are_loaded_at_once(
+    worker: RolloutWorker, model: PreTrainedModel, max_bytes: int
+) -> None:
+    def left_to_vllm(wrapper: Any, bucket: WeightBucket) -> list[str]:
+        loader = wrapper.worker.weight_transfer_engine._whole_experts
+        return [name for name, _ in loader.load(unpack_bucket(bucket)) if ".experts." in name]
+
+    async def run() -> list[str]:
+        engine, names = worker._engine, []
+        await worker.begin_weight_update()
+        for bucket in pack_buckets(checkpoint(model), max_bytes=max_bytes):
+            call = partial(engine._llm.collective_rpc, left_to_vllm, args=(bucket,))
+            names += (await engine._ask(call))[0]
+        return names
+
+    expected = [name for name, _ in checkpoint(model) if ".experts." in name]
+    assert asyncio.run(run()) == ([] if max_bytes > 1_000_000 else expected)
+    asyncio.run(send(worker, checkpoint(model), 55, max_bytes=max_bytes))
+    assert error_of(model, make_request(11), generate(worker, make_request(11))) < 2e-5
+
+
+@pytest.mark.parametrize("max_bytes", [3_000, 100_000])
+def test_a_buffer_may_be_filled_again_when_its_bucket_is_loaded(
+    worker: RolloutWorker, model: PreTrainedModel, max_bytes: int
+) -> None:
+    """As memory of the GPU that both ends share is. Layers take up to sixteen of the small buckets."""
+    perturb(model, seed=max_bytes)
+    memory = torch.empty(200_000, dtype=torch.uint8)
+
+    async def run() -> None:
+        await worker.begin_weight_update()
+        for bucket in pack_buckets(checkpoint(model), max_bytes=max_bytes):
+            memory[: bucket.num_bytes] = torch.from_numpy(bucket.buffer)
+            shared = DeviceBuffer(lambda: memory, (), bucket.num_bytes)
+            await worker.load_weights(replace(bucket, buffer=shared))
+            memory.fill_(77)
+        await worker.finish_weight_update(60)
+
+    asyncio.run(run())
+    assert error_of(model, make_request(10), generate(worker, make_request(10))) < 2e-5
 
 
 def test_deepseek_v3_with_its_bias(worker: RolloutWorker, tmp_path: Path) -> None:
