@@ -1,18 +1,20 @@
 """Engine tokens/s with both recordings on, with none, and of vLLM as a user would run it, on one GPU.
 
     python -m benchmarks.gpu_recording
-    python -m benchmarks.gpu_recording --model dense-0.6b --settings none both
+    python -m benchmarks.gpu_recording --model moe-30b-6l
+    python -m benchmarks.gpu_recording --settings none both vllm
 
 256 concurrent sequences of 64 prompt and 256 new tokens from a random model, CUDA graphs on. Each setting is an engine
 of its own in a process of its own; all stand on the same GPU, and draw the same prompts in turn while the others rest:
 
 - `none`: Keel's engine without recording; the reference of the ratios.
 - `both`: Keel's engine, kept sets and routes (kept sets alone for a dense model).
-- `vllm`: vLLM's `LLM` with its own scheduler and its own recording, at top_k = 512, which it needs.
+- `vllm`: vLLM's `LLM` with its own scheduler and its own recording, at top_k = 512, which it needs. Measured once.
 
-The nucleus widths are searched for sets of about 8 and 80 ids. Every width is warmed up before it is measured; medians
-are printed. "host" is the processor time, per step, of the thread that drives the engine: where it is below the step's
-time, the GPU sets the pace.
+The nucleus widths are searched for sets of about 8 and 80 ids; the last row does not truncate. Every width is warmed up
+before it is measured; medians are printed. The threads that drive Keel's engines take their turns on one core, since
+cores are not equally fast on a shared machine. "waits" is the time per step in which such a thread waits for the GPU:
+where there is none, the host sets the pace.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.gpu_models import VOCAB_SIZE, make_model
+from benchmarks.gpu_models import SHAPES, VOCAB_SIZE, make_model
 from benchmarks.machine import describe_machine
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
@@ -41,12 +43,14 @@ from rollout.types import Completion, GenerateRequest, KeptSets
 NUM_SEQUENCES, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 256
 SET_SIZES = (8, 80)
 SEARCH_STEPS, SEARCH_TOKENS = 7, 12
-NUM_REPEATS = 4
+NUM_REPEATS = {"none": 5, "both": 5, "vllm": 1}
 KV_CACHE_GIB = 4.0
 MEMORY_FRACTION = 0.2
 VLLM_TOP_K = 512
 
 _engine: Any = None
+_waited_s = 0.0
+"""How long this process's engine has waited for the GPU."""
 
 
 class Drawn(NamedTuple):
@@ -54,16 +58,15 @@ class Drawn(NamedTuple):
 
     tokens_per_s: float
     step_ms: float
-    host_ms: float
+    wait_ms: float
     kept_mean: float
 
 
 def main() -> None:
     """Starts the engines side by side, lets them draw in turn, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="moe-1.1b")
-    settings = ("none", "both", "vllm")
-    parser.add_argument("--settings", nargs="+", choices=settings, default=settings, help="`none` and `both` at least")
+    parser.add_argument("--model", choices=SHAPES, default="moe-1.1b")
+    parser.add_argument("--settings", nargs="+", choices=NUM_REPEATS, default=("none", "both"), help="at least these")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     pools = {name: ProcessPoolExecutor(1, context) for name in arguments.settings}
@@ -81,24 +84,26 @@ def main() -> None:
 
 
 def measure(pools: dict[str, ProcessPoolExecutor], top_p: float) -> dict[str, list[Drawn]]:
-    """The repeats of every setting, one setting at a time, the first repeat left out."""
+    """The repeats of every setting, in turn, after one that is left out."""
     rows: dict[str, list[Drawn]] = {name: [] for name in pools}
-    for repeat in range(NUM_REPEATS + 1):
+    for repeat in range(max(NUM_REPEATS.values()) + 1):
         for name, pool in pools.items():
-            rows[name].append(pool.submit(draw, top_p, repeat, NEW_TOKENS).result())
+            if repeat <= NUM_REPEATS[name]:
+                rows[name].append(pool.submit(draw, top_p, repeat, NEW_TOKENS).result())
     return {name: repeats[1:] for name, repeats in rows.items()}
 
 
 def print_width(model: str, top_p: float, rows: dict[str, list[Drawn]]) -> None:
     """Medians of one width, with ratios to the engine that records nothing."""
     medians = {name: Drawn(*map(statistics.median, zip(*repeats, strict=True))) for name, repeats in rows.items()}
-    print(f"\n{model}, top_p {top_p:.4f}, mean kept set {medians['both'].kept_mean:.1f}")
+    kept = f"mean kept set {medians['both'].kept_mean:.1f}" if top_p < 1 else "nothing truncated"
+    print(f"\n{model}, top_p {top_p:.4f}, {kept}")
     for name, median in medians.items():
-        pairs = zip(rows[name], rows["none"], strict=True)
+        pairs = zip(rows[name], rows["none"], strict=False)
         ratio = statistics.median(own.tokens_per_s / none.tokens_per_s for own, none in pairs)
         print(
             f"{name:5} {median.tokens_per_s:9.0f} tokens/s  {median.step_ms:6.2f} ms/step  "
-            f"host {median.host_ms:6.2f} ms/step  ratio {ratio:.3f}",
+            f"waits {median.wait_ms:5.2f} ms/step  ratio {ratio:.3f}",
             flush=True,
         )
 
@@ -128,7 +133,22 @@ def start(setting: str, model: str) -> None:
         )
         record = setting == "both"
         _engine = Engine(model, config, max_model_len=length, record_kept=record, record_routing=record)
+        asyncio.run(_engine._ask(lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})))  # its thread alone
+        count_waiting()
     draw(0.9, 0, SEARCH_TOKENS)
+
+
+def count_waiting() -> None:
+    """Has this process count the time that it spends in waiting for a CUDA event, which is how an engine waits."""
+    wait = torch.cuda.Event.synchronize
+
+    def synchronize(self: torch.cuda.Event) -> None:
+        global _waited_s
+        started = time.perf_counter()
+        wait(self)
+        _waited_s += time.perf_counter() - started
+
+    torch.cuda.Event.synchronize = synchronize
 
 
 def start_vllm(model: str, length: int) -> Any:
@@ -175,18 +195,18 @@ def draw_with_keel(engine: Engine, prompts: list[np.ndarray], top_p: float, num_
         return await asyncio.gather(*(engine.generate(request) for request in requests))
 
     def clocks() -> tuple[float, float, int]:
-        return time.perf_counter(), asyncio.run(engine._ask(time.thread_time)), engine.stats().num_steps
+        return time.perf_counter(), _waited_s, engine.stats().num_steps
 
     started = clocks()
     groups = asyncio.run(run())
-    seconds, busy, steps = (after - before for after, before in zip(clocks(), started, strict=True))
+    seconds, waited, steps = (after - before for after, before in zip(clocks(), started, strict=True))
     completions = [completion for group in groups for completion in group]
     if errors := {error for c in completions if (error := c.find_record_error(PROMPT_TOKENS))}:
         raise RuntimeError(f"records do not hold together: {errors}")
     sets = [c.replay.kept for c in completions if isinstance(c.replay.kept, KeptSets)]
     kept_mean = sum(len(kept.ids) for kept in sets) / sum(map(len, sets)) if sets else float("nan")
     num_drawn = sum(c.num_tokens for c in completions)
-    return Drawn(num_drawn / seconds, seconds / steps * 1e3, busy / steps * 1e3, kept_mean)
+    return Drawn(num_drawn / seconds, seconds / steps * 1e3, waited / steps * 1e3, kept_mean)
 
 
 def draw_with_vllm(prompts: list[np.ndarray], top_p: float, num_tokens: int) -> Drawn:

@@ -88,6 +88,8 @@ class Engine:
         self._sequences: dict[str, _Sequence] = {}
         self._ids = itertools.count()
         self._stats = EngineStats()
+        """But for the steps, which are counted more often than read."""
+        self._num_steps = 0
         self._updating = False
         self._stopping = False
         self._refusal: _Reason | None = None
@@ -158,11 +160,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The counters as they stand."""
-        llm = self._llm
+        llm, stats = self._llm, replace(self._stats, num_steps=self._num_steps)
         if llm is None:
-            return self._stats
+            return stats
         running, waiting = llm.engine_core.engine_core.scheduler.get_request_counts()
-        return replace(self._stats, num_running=running, num_waiting=waiting)
+        return replace(stats, num_running=running, num_waiting=waiting)
 
     def shutdown(self) -> None:
         """Stops the thread and frees the engine; pending calls raise EngineError. Safe to call again."""
@@ -240,7 +242,7 @@ class Engine:
 
     def _step(self) -> None:
         self._llm.step()
-        self._stats = replace(self._stats, num_steps=self._stats.num_steps + 1)
+        self._num_steps += 1
         self._take_finished()
 
     def _submit(self, call: _Call) -> None:

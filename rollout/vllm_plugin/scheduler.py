@@ -4,7 +4,8 @@ vLLM schedules every step as if anything might happen in it, and hands every tok
 to an output processor. A rollout engine mostly decodes, and only finished sequences are asked for. So:
 
 - A step in which every running sequence decodes one token is scheduled by `_schedule_decode`; any other step by vLLM.
-- `update_from_output` appends tokens, finds the sequences that end, and adds the step's arrays to a log.
+- `update_from_output` appends tokens, finds the sequences that end, and adds the step's arrays to a log. While the
+  sequences stay the same, both know them from the step before (`decoding.py`).
 - A sequence leaves by one door, `_free_request`; there its record is put together. `take_finished` hands it out, and
   vLLM's output processor has nothing to do.
 
@@ -15,7 +16,6 @@ Fits vLLM 0.32 only; `rollout.vllm_plugin.check_version` guards it.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
 
@@ -28,45 +28,17 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from rollout.vllm_plugin.decoding import ENDED, DecodeBatch, Live, StepBatch
 from rollout.vllm_plugin.record import EngineError, FinishedSequence
-from rollout.vllm_plugin.recorder import StepRecord, find_full_attention_group
+from rollout.vllm_plugin.recorder import find_full_attention_group
 from rollout.vllm_plugin.slot_routes import SlotRoutes
 from rollout.vllm_plugin.step_log import StepLog
+from rollout.vllm_plugin.support import StepRecord
 
 _MANY = 8
 """Sequences ending in one step, from which on the step log is sorted for all of them."""
 _RETRY_STEPS = 32
 """Steps after which waiting sequences are tried again although no cache block has become free."""
-
-
-@dataclass(slots=True, eq=False)
-class _Live:
-    """What is remembered of a sequence besides vLLM's `Request`."""
-
-    key: int
-    """In the step log."""
-    stops: frozenset[int]
-    max_tokens: int
-    """Sampled tokens after which it has to end, by its own bound or the model's length."""
-    routes: list[np.ndarray] = field(default_factory=list)
-    """Rows of stretches that lost their cache blocks."""
-    lost_blocks: list[int] | None = None
-    """The blocks of a preempted sequence whose rows have yet to be read from them."""
-    ended: bool = False
-
-
-_ENDED = _Live(key=-1, stops=frozenset(), max_tokens=0, ended=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """The sequences of a step, in the order of its rows."""
-
-    request_ids: list[str]
-    requests: list[Any]
-    """None for one that has ended."""
-    lives: list[_Live]
-    keys: np.ndarray  # int64 [B]
 
 
 class RecordingScheduler(AsyncScheduler):
@@ -95,8 +67,11 @@ class RecordingScheduler(AsyncScheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._drops_blocks = not all(isinstance(manager, FullAttentionManager) for manager in managers)
         """Whether blocks are given back while a sequence runs, as with a sliding window."""
-        self._live: dict[str, _Live] = {}
-        self._batch = _Batch([], [], [], np.empty(0, np.int64))
+        self._live: dict[str, Live] = {}
+        self._step_batch = StepBatch([], [], [])
+        self._decode_batch: DecodeBatch | None = None
+        self._num_departures = 0
+        """Sequences that have ended or been preempted."""
         self._keys = itertools.count()
         self._finished: list[FinishedSequence] = []
         self._free_blocks_at_stall: int | None = None
@@ -128,7 +103,7 @@ class RecordingScheduler(AsyncScheduler):
         super().add_request(request)
         longest = self.max_model_len - request.num_prompt_tokens
         stops = frozenset(params.stop_token_ids or ())
-        self._live[request.request_id] = _Live(next(self._keys), stops, min(request.max_tokens, longest))
+        self._live[request.request_id] = Live(next(self._keys), stops, min(request.max_tokens, longest))
 
     def take_finished(self) -> list[FinishedSequence]:
         """The sequences that have ended since the last call, however they ended."""
@@ -136,8 +111,13 @@ class RecordingScheduler(AsyncScheduler):
         return finished
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
+        self._note_departure()
         self._finished.append(self._collect(request))
         return super()._free_request(request, delay_free_blocks)
+
+    def _note_departure(self) -> None:
+        self._num_departures += 1
+        self._decode_batch = None
 
     def _collect(self, request: Request) -> FinishedSequence:
         live = self._live.pop(request.request_id)
@@ -159,14 +139,14 @@ class RecordingScheduler(AsyncScheduler):
 
     # -- routes -----------------------------------------------------------------------------------------------------
 
-    def _collect_routes(self, request: Request, live: _Live) -> np.ndarray | None:
+    def _collect_routes(self, request: Request, live: Live) -> np.ndarray | None:
         """The rows of a sequence that ends, [P + T - 1, L, K]; None if no token was sampled."""
         if self._routes is None or not request.num_output_tokens:
             return None
         self._save_routes(request, live, live.lost_blocks or self._route_blocks(request))
         return live.routes[0] if len(live.routes) == 1 else np.concatenate(live.routes)
 
-    def _save_routes(self, request: Request, live: _Live, blocks: list[int]) -> None:
+    def _save_routes(self, request: Request, live: Live, blocks: list[int]) -> None:
         """Reads what is not read yet, up to the last sampled token, from the cache slots of these blocks."""
         assert self._routes is not None
         start, stop = sum(map(len, live.routes)), request.num_tokens - 1
@@ -186,6 +166,7 @@ class RecordingScheduler(AsyncScheduler):
             self._routes.write(*record.routes)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        self._note_departure()
         live = self._live[request.request_id]
         if self._routes is not None:
             live.lost_blocks = self._route_blocks(request)
@@ -203,43 +184,44 @@ class RecordingScheduler(AsyncScheduler):
         record: Any = output.sampling_masks  # None if the step computed nothing
         self._write_routes(scheduler_output, record)
         batch = self._find_batch(output.req_ids)
-        one_each = scheduler_output.total_num_scheduled_tokens == len(output.req_ids)
-        unit = self._unit
-        rows: list[int] = []
-        stopped: list[Request] = []
-        for row, (request, live, token_ids) in enumerate(
-            zip(batch.requests, batch.lives, output.sampled_token_ids, strict=True)
-        ):
-            if one_each and token_ids and not live.ended and not request.num_stale_output_tokens:
-                # The common case of `_take_in`, in line: this loop is most of what a step costs.
-                tokens = request._all_token_ids
-                tokens.append(token_ids[0])
-                request._output_token_ids.append(token_ids[0])
-                request.num_in_flight_tokens -= 1
-                request.num_output_placeholders -= 1
-                if len(tokens) % unit <= 1:
-                    self._cache_full_blocks(request)
-            elif live.ended or not self._take_in(request, live, token_ids, scheduler_output):
-                continue
-            rows.append(row)
-            if token_ids[0] in live.stops or len(request._output_token_ids) >= live.max_tokens:
-                stopped.append(request)
-        if rows:
-            sample = record.sample
-            some = None if len(rows) == len(batch.keys) else np.array(rows)
-            self._log.add(batch.keys, sample.logprobs, self.policy_version, sample.sets, some)
-        self._stop(stopped)
+        sampled = output.sampled_token_ids
+        one_each = scheduler_output.total_num_scheduled_tokens == len(sampled) and all(sampled)
+        takers = batch.find_takers(self._num_departures) if one_each else None
+        if takers is not None:
+            keys, ended = takers.keys, takers.take_in(sampled)
+            for request in takers.find_at_block_ends(self._unit):
+                self._cache_full_blocks(request)
+        else:
+            keys, ended = self._take_in_one_by_one(batch, sampled, scheduler_output)
+        if record is not None:
+            self._log.add(keys, record.logprobs, self.policy_version, record.sets)
+        self._stop(ended)
         return {}
 
-    def _find_batch(self, request_ids: list[str]) -> _Batch:
+    def _find_batch(self, request_ids: list[str]) -> StepBatch:
         """The step's sequences in its order; most steps have those of the step before."""
-        if request_ids != self._batch.request_ids:
+        if request_ids != self._step_batch.request_ids:
             requests = [self.requests.get(request_id) for request_id in request_ids]
-            lives = [self._live.get(request_id, _ENDED) for request_id in request_ids]
-            self._batch = _Batch(request_ids, requests, lives, np.array([live.key for live in lives]))
-        return self._batch
+            lives = [self._live.get(request_id, ENDED) for request_id in request_ids]
+            self._step_batch = StepBatch(request_ids, requests, lives)
+        return self._step_batch
 
-    def _take_in(self, request: Request, live: _Live, token_ids: list[int], step: SchedulerOutput) -> bool:
+    def _take_in_one_by_one(
+        self, batch: StepBatch, sampled: list[list[int]], step: SchedulerOutput
+    ) -> tuple[np.ndarray, list[Request]]:
+        """Any step. Returns the keys of the rows, -1 where none counts, and the requests that end."""
+        batch.forget_takers()
+        rows: list[int] = []
+        ended: list[Request] = []
+        for row, (request, live, token_ids) in enumerate(zip(batch.requests, batch.lives, sampled, strict=True)):
+            if live.ended or not self._take_in(request, live, token_ids, step):
+                continue
+            rows.append(row)
+            if token_ids[0] in live.stops or request.num_output_tokens >= live.max_tokens:
+                ended.append(request)
+        return batch.keys_of(rows), ended
+
+    def _take_in(self, request: Request, live: Live, token_ids: list[int], step: SchedulerOutput) -> bool:
         """One sequence's share of a step. Returns whether a token of it counts."""
         num_scheduled = step.num_scheduled_tokens[request.request_id]
         request.num_in_flight_tokens -= num_scheduled
@@ -257,7 +239,7 @@ class RecordingScheduler(AsyncScheduler):
             self._cache_full_blocks(request)
         return counts
 
-    def _take_in_stale(self, request: Request, live: _Live) -> None:
+    def _take_in_stale(self, request: Request, live: Live) -> None:
         """What was in flight when the sequence was preempted came from what the lost blocks still hold."""
         if len(request._all_token_ids) % self.hash_block_size == 0:
             request.update_block_hashes()
@@ -296,59 +278,63 @@ class RecordingScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """The next step: by a short way where every running sequence decodes, by vLLM's otherwise."""
-        batch = self._decode_batch()
-        if batch:
+        batch = self._find_decode_batch()
+        if batch is not None:
             return self._schedule_decode(batch)
         output = super().schedule(throttle_prefills)
         self._note_stall(output)
         return output
 
-    def _decode_batch(self) -> list[Request]:
-        """The sequences of the next step if it is one of decoding alone, and its blocks are free; else none."""
+    def _find_decode_batch(self) -> DecodeBatch | None:
+        """The sequences of the next step if it is one of decoding alone, and its blocks are free; else None."""
+        batch, self._decode_batch = self._decode_batch, None
         if self._pause_state != PauseState.UNPAUSED or self._may_admit():
+            return None
+        if batch is None or not batch.lasts:
+            requests = self._find_decoding()
+            batch = DecodeBatch(requests, max_model_len=self.max_model_len) if requests else None
+        if batch is None:
+            return None
+        num_new_blocks = len(batch.find_growing(self._block_step)) * len(self.kv_cache_config.kv_cache_groups)
+        return batch if num_new_blocks <= self.kv_cache_manager.block_pool.get_num_free_blocks() else None
+
+    def _find_decoding(self) -> list[Request]:
+        """The running sequences that get one token each in the next step; none if one of them needs something else."""
+        if len(self.running) > self.max_num_scheduled_tokens or self.has_mamba_layers:
             return []
-        if len(self.running) > self.max_num_scheduled_tokens:
-            return []
-        batch, num_growing = [], 0
+        decoding = []
         for request in self.running:
             computed, in_flight = request.num_computed_tokens, request.num_output_placeholders
             if in_flight and computed + 2 - in_flight >= request.num_prompt_tokens + request.max_tokens:
                 continue  # its last token is on its way
             if len(request._all_token_ids) + in_flight - computed != 1:
                 return []
-            if computed + 1 >= self.max_model_len:
-                continue
-            batch.append(request)
-            num_growing += computed % self._block_step == 0
-        num_groups = len(self.kv_cache_config.kv_cache_groups)
-        has_room = num_growing * num_groups <= self.kv_cache_manager.block_pool.get_num_free_blocks()
-        return batch if has_room and not self.has_mamba_layers else []
+            if computed + 1 < self.max_model_len:
+                decoding.append(request)
+        return decoding
 
-    def _schedule_decode(self, batch: list[Request]) -> SchedulerOutput:
+    def _schedule_decode(self, batch: DecodeBatch) -> SchedulerOutput:
         """One token for each; vLLM's `schedule` and `_update_after_schedule` for this case, in one pass."""
         self.current_step += 1
         self.kv_cache_manager.new_step_starts()
-        request_ids = [request.request_id for request in batch]
-        computed = [request.num_computed_tokens for request in batch]
-        step = self._block_step
+        new_block_ids: list[tuple[list[int], ...] | None] = [None] * len(batch.requests)
+        for row in batch.find_growing(self._block_step):
+            new_block_ids[row] = self._grow(batch.requests[row])
+        computed, num_sampled = batch.advance()
         cached = CachedRequestData(
-            req_ids=request_ids,
+            req_ids=batch.request_ids,
             resumed_req_ids=set(),
             new_token_ids=[],
             all_token_ids={},
-            new_block_ids=[None if n % step else self._grow(r) for n, r in zip(computed, batch, strict=True)],
+            new_block_ids=new_block_ids,
             num_computed_tokens=computed,
-            num_output_tokens=[n + 1 - r.num_prompt_tokens for n, r in zip(computed, batch, strict=True)],
+            num_output_tokens=num_sampled,
         )
-        for request in batch:
-            request.num_computed_tokens += 1
-            request.num_in_flight_tokens += 1
-            request.num_output_placeholders += 1
         output = SchedulerOutput(
             scheduled_new_reqs=[],
             scheduled_cached_reqs=cached,
-            num_scheduled_tokens=dict.fromkeys(request_ids, 1),
-            total_num_scheduled_tokens=len(batch),
+            num_scheduled_tokens=dict.fromkeys(batch.request_ids, 1),
+            total_num_scheduled_tokens=len(batch.requests),
             scheduled_spec_decode_tokens={},
             scheduled_encoder_inputs={},
             finished_req_ids=self.finished_req_ids,
@@ -358,6 +344,7 @@ class RecordingScheduler(AsyncScheduler):
         )
         self.finished_req_ids = set()
         self.reset_preempted_req_ids = set()
+        self._decode_batch = batch
         return output
 
     def _grow(self, request: Request) -> tuple[list[int], ...] | None:

@@ -17,23 +17,28 @@ import numpy as np
 class SlotRoutes:
     """The routes of every token in a KV cache of `num_blocks` blocks of `block_size` tokens.
 
-    Memory is reserved with the first step, [blocks, tokens, L, K] of the routes' type, and used as the cache fills.
+    Memory is reserved with the first step, for all slots, and used as the cache fills. A row [L, K] is one opaque value
+    here, which numpy copies whole.
     """
 
     def __init__(self, *, num_blocks: int, block_size: int) -> None:
         self._num_blocks = num_blocks
         self._block_size = block_size
-        self._blocks: np.ndarray | None = None
+        self._blocks: np.ndarray | None = None  # [blocks, tokens]
+        self._shape: tuple[int, ...] = ()
+        self._dtype = np.dtype(np.uint8)
 
     def write(
         self,
         slots: np.ndarray,  # int64 [tokens]
-        routes: np.ndarray,  # uint8 | uint16 [tokens, L, K]
+        routes: np.ndarray,  # uint8 | uint16 [tokens, L, K], contiguous
     ) -> None:
         """The routes of one step's tokens."""
         if self._blocks is None:
-            self._blocks = np.empty((self._num_blocks, self._block_size, *routes.shape[1:]), routes.dtype)
-        self._blocks.reshape(-1, *routes.shape[1:])[slots] = routes
+            self._shape, self._dtype = routes.shape[1:], routes.dtype
+            row = np.dtype((np.void, routes[0].nbytes))
+            self._blocks = np.empty((self._num_blocks, self._block_size), row)
+        self._blocks.reshape(-1)[slots] = routes.reshape(-1).view(self._blocks.dtype)
 
     def copy_block(self, source: int, destination: int) -> None:
         """Follows a copy of one cache block to another."""
@@ -46,5 +51,5 @@ class SlotRoutes:
             raise ValueError("no routes have been written yet")
         first = start // self._block_size
         needed = np.asarray(blocks[first : -(-stop // self._block_size)], np.int64)
-        rows = self._blocks[needed].reshape(-1, *self._blocks.shape[2:])
-        return rows[start - first * self._block_size : stop - first * self._block_size]
+        rows = self._blocks[needed].reshape(-1)[start - first * self._block_size : stop - first * self._block_size]
+        return rows.view(self._dtype).reshape(-1, *self._shape)

@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from rollout.vllm_plugin.support import StepSupports, SupportMeter
-from tests.rollout.test_support import CASES, VOCAB_SIZE, errors_of
+from rollout.vllm_plugin.support import PackedStep, RouteBuffers, StepPacker
+from tests.rollout.test_support import CASES, VOCAB_SIZE, errors_of, make_buffers, packs_routes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_kernels(name: str) -> None:
-    meter = SupportMeter(max_rows=8, vocab_size=VOCAB_SIZE, device=torch.device("cuda"))
+def pack_on_gpu(buffers: RouteBuffers | None) -> Callable[..., PackedStep]:
+    """Takes tensors of the host; the result has arrived there."""
+    device = torch.device("cuda")
+    if buffers is not None:
+        buffers = buffers._replace(slots=buffers.slots.cuda(), ids=buffers.ids.cuda())
+    packer = StepPacker(max_rows=8, vocab_size=VOCAB_SIZE, device=device, buffers=buffers)
 
-    def measure(*case: Tensor) -> StepSupports:
-        on_device = meter(*(tensor.cuda() for tensor in case))
-        on_host = on_device.to_host()
+    def pack(*case: Any) -> PackedStep:
+        logits, sampled, num_sampled, truncates = (tensor.cuda() for tensor in case[:4])
+        on_host = packer(logits, sampled, num_sampled, truncates, case[4]).to_cpu_nonblocking()
         torch.cuda.synchronize()
         return on_host
 
-    error, same = errors_of(measure, CASES[name]())
+    return pack
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels(name: str) -> None:
+    error, same = errors_of(pack_on_gpu(None), CASES[name]())
     assert same and error < 1e-5
+
+
+@pytest.mark.parametrize("num_experts", [200, 300])
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+def test_routes(num_experts: int, num_tokens: int) -> None:
+    buffers = make_buffers(num_experts)
+    assert packs_routes(pack_on_gpu(buffers), buffers, num_tokens)
 
 
 def test_an_engine_short_of_room(tmp_path: Path) -> None:

@@ -158,6 +158,29 @@ def test_every_sequence_is_vllms_own(
         assert ours.find_record_error(len(request.prompt_token_ids)) == ""
 
 
+def test_nothing_is_computed_beyond_a_last_token(folder: Path) -> None:
+    """The last token on its way is counted: the step after it leaves the sequence out."""
+    beyond: list[str] = []
+
+    def watch(scheduler: Any) -> None:
+        schedule = scheduler.schedule
+
+        def watched(*args: Any) -> Any:
+            output = schedule(*args)
+            step = output.scheduled_cached_reqs
+            for request_id, computed in zip(step.req_ids, step.num_computed_tokens, strict=True):
+                last = scheduler.requests[request_id].num_prompt_tokens + scheduler._live[request_id].max_tokens - 2
+                beyond.extend([request_id] * (computed > last))
+            return output
+
+        scheduler.schedule = watched
+
+    with running(folder, num_batches=2) as engine:
+        asyncio.run(engine._ask(lambda: watch(engine._core.scheduler)))
+        generate(engine, [replace(request, stop_token_ids=()) for request in make_requests(12)])
+    assert not beyond
+
+
 def test_aborted_with_two_batches_in_flight(folder: Path) -> None:
     model = load_reference(folder)
     requests = [replace(r, max_new_tokens=90, stop_token_ids=()) for r in make_requests(30)]

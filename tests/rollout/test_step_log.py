@@ -24,11 +24,10 @@ def add_random_step(
     sizes = rng.integers(0, 6, len(order)) * rng.integers(0, 2, len(order))
     sets = [np.sort(rng.choice(1000, size, replace=False)).astype(np.int32) for size in sizes]
     logprobs = rng.random(len(order), np.float32)
-    rows = None if rng.random() < 0.5 else np.flatnonzero(rng.random(len(order)) < 0.7)
-    if rows is not None and not len(rows):
-        return
-    log.add(order, logprobs, version, StepSets(np.concatenate([np.empty(0, np.int32), *sets]), sizes), rows)
-    for row in range(len(order)) if rows is None else rows:
+    counts = rng.random(len(order)) < rng.choice([0.7, 2])
+    ids = np.concatenate([np.empty(0, np.int32), *sets])
+    log.add(np.where(counts, order, -1), logprobs, version, StepSets(ids, sizes))
+    for row in np.flatnonzero(counts):
         expected[int(order[row])].append((float(logprobs[row]), version, sets[row].tolist()))
 
 
