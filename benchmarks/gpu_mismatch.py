@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.gpu_models import SHAPES, make_model
 from benchmarks.machine import describe_machine
-from benchmarks.mismatch_learner import CHANGES, ROUNDINGS, Change, cast_parameters, plain_layers
+from benchmarks.mismatch_learner import CHANGES, ROUNDINGS, Change, cast_parameters, plain_experts, plain_layers
 from grpo.advantage import Objective, TrainSample, completion_segment
 from grpo.batch import pack, plan_updates
 from grpo.layers.attention import set_attention
@@ -309,7 +309,8 @@ def score_alone(policy: PolicyModel, samples: Sequence[TrainSample]) -> np.ndarr
     set_attention(module, "sdpa")
     module.set_experts_implementation("eager")
     other = replace(policy, attention="sdpa")
-    logprobs = [score(other, [sample]) for sample in samples]
+    with plain_experts(policy):
+        logprobs = [score(other, [sample]) for sample in samples]
     set_attention(module, policy.attention)
     module.set_experts_implementation(experts)
     return np.concatenate(logprobs)

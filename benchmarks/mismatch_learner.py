@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,15 +43,24 @@ def _upcast(router: Any, hidden: Tensor) -> Any:
     return type(router).forward(upcast, hidden.float())
 
 
-@contextmanager
-def plain_layers(policy: PolicyModel) -> Iterator[None]:
+def plain_layers(policy: PolicyModel) -> AbstractContextManager[None]:
     """transformers' own layers in the place of `grpo.layers.decoder`: their residual stream is half precision."""
-    modules: list[Any] = [*_layers(policy), policy.module.get_decoder().norm]
-    fused = {module: vars(module).pop("forward") for module in modules if "forward" in vars(module)}
+    return _own_forwards([*_layers(policy), policy.module.get_decoder().norm])
+
+
+def plain_experts(policy: PolicyModel) -> AbstractContextManager[None]:
+    """transformers' own experts in the place of `grpo.layers.experts`."""
+    return _own_forwards([layer.mlp.experts for layer in _layers(policy)])
+
+
+@contextmanager
+def _own_forwards(modules: Sequence[Any]) -> Iterator[None]:
+    """Without what has replaced the forward of these modules."""
+    replaced = {module: vars(module).pop("forward") for module in modules if "forward" in vars(module)}
     try:
         yield
     finally:
-        for module, forward in fused.items():
+        for module, forward in replaced.items():
             module.forward = forward
 
 
@@ -134,8 +143,11 @@ def _hooks(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[N
 @contextmanager
 def _forwards(forwards: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Other forwards for these modules; their hooks stay."""
-    with ExitStack() as stack:
+    with _own_forwards(list(forwards)):
         for module, forward in forwards.items():
             module.forward = types.MethodType(forward, module)
-            stack.callback(module.__dict__.pop, "forward")
-        yield
+        try:
+            yield
+        finally:
+            for module in forwards:
+                del module.forward
