@@ -27,7 +27,13 @@ def base_model(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("ahead", "steps", "reached"), [(0, 12, 0.75), (2, 16, 0.7)], ids=["synchronous", "two ahead"])
+@pytest.mark.parametrize(
+    ("ahead", "steps", "reached"),
+    [
+        pytest.param(0, 12, 0.75, id="synchronous"),
+        pytest.param(2, 16, 0.7, id="two ahead", marks=pytest.mark.slow),
+    ],
+)
 def test_the_reward_rises(ahead, steps, reached, base_model, ray_address, tmp_path):
     overrides = {
         "run.steps": steps,
