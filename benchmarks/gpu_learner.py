@@ -30,10 +30,10 @@ from benchmarks.gpu_models import model_config
 from benchmarks.machine import describe_machine
 from grpo.batch import TrainBatch
 from grpo.config import LearnerConfig
-from grpo.learner import Learner, LearnerSpec
+from grpo.learner import Learner, LearnerSpec, LoadedModels
 from grpo.logprobs import token_logprobs
 from grpo.loss import LossInputs, grpo_loss
-from grpo.model import PolicyModel, prepare_policy, reshard, shard_policy
+from grpo.model import prepare_policy, reshard
 
 STATED_RATE = 790e12
 """FLOP/s of a dense bfloat16 product on an H200, which the targets are given in."""
@@ -72,23 +72,16 @@ WORKLOADS = {
 }
 
 
-class RandomLearner(Learner):
+def random_learner(config: PretrainedConfig, learner: LearnerConfig) -> Learner:
     """A learner whose model is random and never touches the disk."""
-
-    def __init__(self, config: PretrainedConfig, learner: LearnerConfig) -> None:
-        self._model_config = config
-        super().__init__(LearnerSpec("", learner, True, False, "bfloat16", total_updates=1000))
-
-    def _load(self, *, trainable: bool) -> PolicyModel:
-        with torch.device(self.device):
-            module = AutoModelForCausalLM.from_config(self._model_config, dtype=torch.float32)
-        module.cpu()  # start-up checks of a learner run there
-        gc.collect()
-        torch.cuda.empty_cache()
-        config = self.spec.config
-        policy = prepare_policy(module, keep_routing=True, gradient_checkpointing=config.gradient_checkpointing)
-        shard_policy(policy, compute_dtype=getattr(torch, config.dtype), world_size=1)
-        return policy
+    with torch.device("cuda"):
+        module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    module.cpu()  # start-up checks of a learner run there
+    gc.collect()
+    torch.cuda.empty_cache()
+    policy = prepare_policy(module, keep_routing=True, gradient_checkpointing=learner.gradient_checkpointing)
+    spec = LearnerSpec("", learner, True, False, "bfloat16", total_updates=1000)
+    return Learner(spec, loaded=LoadedModels(policy, None))
 
 
 def main() -> None:
@@ -129,7 +122,7 @@ def measure_keel(
     config: PretrainedConfig, batches: list[TrainBatch], arguments: argparse.Namespace, show: Callable[..., None]
 ) -> None:
     """Prints the learner's rows: one micro-batch forward and backward, a whole update, its stages, the kernels."""
-    learner = RandomLearner(config, LearnerConfig(gradient_checkpointing=arguments.checkpointing))
+    learner = random_learner(config, LearnerConfig(gradient_checkpointing=arguments.checkpointing))
     num_tokens = sum(len(batch.token_ids) for batch in batches)
     learner.train([batches])
     learner.train([batches])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,9 @@ def load_models(spec: LearnerSpec) -> LoadedModels:
         UnknownRouterError: a router that routing replay does not understand.
         ModelCheckError: packing, replay or the head do not do what they must on this model.
     """
-    return LoadedModels(_read(spec, trainable=True), _read(spec, trainable=False) if spec.needs_reference else None)
+    read = partial(load_policy, spec.model_path, gradient_checkpointing=spec.config.gradient_checkpointing)
+    policy = read(keep_routing=spec.keep_routing, trainable=True)
+    return LoadedModels(policy, read(keep_routing=False, trainable=False) if spec.needs_reference else None)
 
 
 class Learner:
@@ -91,15 +94,17 @@ class Learner:
         Raises:
             ModelCheckError: packed attention is wrong where it will run.
         """
-        self.spec, self.rank, self.world_size, self._loaded = spec, rank, world_size, loaded
+        self.spec, self.rank, self.world_size = spec, rank, world_size
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         )
         torch.manual_seed(spec.seed)
-        self.policy = self._load(trainable=True)
-        self.reference = self._load(trainable=False) if spec.needs_reference else None
-        self._loaded = None
+        loaded = loaded or load_models(spec)
+        self.policy, self.reference = loaded.policy, loaded.reference
         config = spec.config
+        for model in (self.policy, self.reference):
+            if model is not None:
+                shard_policy(model, compute_dtype=getattr(torch, config.dtype), world_size=world_size)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.policy.module.parameters() if p.requires_grad],
             lr=config.lr,
@@ -109,13 +114,6 @@ class Learner:
         )
         self.policy_version = 0
         self.num_updates = 0
-
-    def _load(self, *, trainable: bool) -> PolicyModel:
-        loaded = self._loaded
-        model = (loaded.policy if trainable else loaded.reference) if loaded else _read(self.spec, trainable=trainable)
-        assert model is not None, "loaded for a run without a reference"
-        shard_policy(model, compute_dtype=getattr(torch, self.spec.config.dtype), world_size=self.world_size)
-        return model
 
     def train(self, updates: Sequence[Sequence[TrainBatch]], loss_fn: LossFn = grpo_loss) -> StepResult:
         """One optimizer step per entry of `updates`, each over that entry's micro-batches.
@@ -279,15 +277,6 @@ class Learner:
         if is_fresh:
             difference = np.abs(_array(logprobs) - _array(batch.behavior_logprobs))
             stats.add_mismatch(difference[_is_fresh_sample(staleness, batch)])
-
-
-def _read(spec: LearnerSpec, *, trainable: bool) -> PolicyModel:
-    return load_policy(
-        spec.model_path,
-        keep_routing=spec.keep_routing and trainable,
-        gradient_checkpointing=spec.config.gradient_checkpointing,
-        trainable=trainable,
-    )
 
 
 def _is_fresh_sample(staleness: np.ndarray, batch: TrainBatch) -> np.ndarray:
