@@ -8,6 +8,7 @@ knows neither the engine that loads the tensors nor what carries the buckets.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ _NUM_DEVICE_BUFFERS = 4
 """One is being loaded, two may wait on their way, one is being filled."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # with slots, thousands of them take three times as long to cross processes
 class TensorSpec:
     """Where one tensor lies in its bucket. Example: `TensorSpec("lm_head.weight", "bfloat16", (99, 128), 0, 25344)`."""
 
@@ -121,16 +122,42 @@ def unpack_bucket(bucket: WeightBucket) -> Iterator[tuple[str, Tensor]]:
 
     Raises ValueError if a spec does not fit its shape, its dtype or the buffer.
     """
-    data = _open(bucket.buffer)
+    data = open_bucket(bucket)
     for spec in bucket.specs:
-        expected = math.prod(spec.shape) * spec.torch_dtype.itemsize
-        if spec.num_bytes != expected or not 0 <= spec.offset <= bucket.num_bytes - expected:
-            raise ValueError(
-                f"bucket of {bucket.num_bytes} bytes: tensor '{spec.name}' {spec.dtype} {spec.shape} needs {expected} "
-                f"bytes, its spec says {spec.num_bytes} at {spec.offset}; the bucket is damaged, send it again"
-            )
-        view = data[spec.offset : spec.offset + spec.num_bytes]
-        yield spec.name, view.view(spec.torch_dtype).reshape(spec.shape)
+        check_spec(spec, bucket)
+        yield spec.name, _view(data, spec)
+
+
+def check_spec(spec: TensorSpec, bucket: WeightBucket) -> None:
+    """Raises ValueError if a spec does not fit its shape, its dtype or the bucket's buffer."""
+    itemsize = spec.torch_dtype.itemsize
+    expected = math.prod(spec.shape) * itemsize
+    inside = 0 <= spec.offset <= bucket.num_bytes - expected
+    if spec.num_bytes != expected or not inside or spec.offset % itemsize:
+        raise ValueError(
+            f"bucket of {bucket.num_bytes} bytes: tensor '{spec.name}' {spec.dtype} {spec.shape} needs {expected} "
+            f"bytes, its spec says {spec.num_bytes} at {spec.offset}; the bucket is damaged, send it again"
+        )
+
+
+def open_bucket(bucket: WeightBucket) -> Tensor:
+    """The bucket's bytes where they lie, uint8 [num_bytes], only to be read."""
+    if isinstance(bucket.buffer, DeviceBuffer):
+        return bucket.buffer.open()
+    with warnings.catch_warnings():
+        # A buffer out of shared memory is read-only; the views are only read, so torch's warning says nothing.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        return torch.from_numpy(bucket.buffer)
+
+
+def elements_of(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bucket's bytes, uint8 [num_bytes], as elements of another dtype, without a last one that is not whole."""
+    return data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)
+
+
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """`target.copy_(source)` for each pair, on a GPU in a few launches for all of them."""
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 _Pending = list[tuple[TensorSpec, Tensor]]
@@ -143,27 +170,38 @@ def _split(named_tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Itera
     pending: _Pending = []
     end = 0
     for name, tensor in named_tensors:
-        num_bytes = tensor.numel() * tensor.element_size()
+        num_bytes = tensor.nbytes
         if pending and end + num_bytes > max_bytes:
             yield pending, end
             pending, end = [], 0
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        pending.append((TensorSpec(name, dtype, tuple(tensor.shape), end, num_bytes), tensor.detach()))
-        end += math.ceil(num_bytes / _ALIGNMENT) * _ALIGNMENT
+        pending.append((TensorSpec(name, _name_of(tensor.dtype), tuple(tensor.shape), end, num_bytes), tensor.detach()))
+        end += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
     if pending:
         yield pending, end
 
 
 def _fill(target: Tensor, pending: _Pending) -> None:
+    """Some microseconds per tensor, of which a large model has tens of thousands."""
+    typed: dict[torch.dtype, Tensor] = {}
+    targets, sources = [], []
     for spec, tensor in pending:
-        flat = tensor.to(target.device).contiguous().reshape(-1).view(torch.uint8)
-        target[spec.offset : spec.offset + spec.num_bytes].copy_(flat)
+        if not spec.num_bytes:
+            continue
+        dtype, source = tensor.dtype, tensor.contiguous()
+        if dtype not in typed:
+            typed[dtype] = elements_of(target, dtype)
+        targets.append(typed[dtype].as_strided(source.shape, source.stride(), spec.offset // dtype.itemsize))
+        sources.append(source)
+    if targets:
+        copy_all(targets, sources)
 
 
-def _open(buffer: np.ndarray | DeviceBuffer) -> Tensor:
-    if isinstance(buffer, DeviceBuffer):
-        return buffer.open()
-    with warnings.catch_warnings():
-        # A buffer out of shared memory is read-only; the views are only read, so torch's warning says nothing.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
-        return torch.from_numpy(buffer)
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _view(data: Tensor, spec: TensorSpec) -> Tensor:
+    if not spec.num_bytes:  # a slice without elements cannot be seen as another dtype
+        return data.new_empty(spec.shape, dtype=spec.torch_dtype)
+    return data[spec.offset : spec.offset + spec.num_bytes].view(spec.torch_dtype).view(spec.shape)

@@ -1,13 +1,14 @@
 """The receiving end of a weight update inside vLLM: the weight-transfer backend `keel`.
 
-Buckets of checkpoint tensors come in as Python objects and go through vLLM's layerwise reload, which packs each layer
-again for its kernels and keeps the storage that graphs point to. Two things are added: the CPU build's reload of expert
-weights is put right, and an update that stopped half way can be taken back and begun anew.
+Buckets of checkpoint tensors come in as Python objects. What is known to lie in the kernels' tensors as it comes is
+copied there (`direct_load.py`). The rest, in a first update all of it, goes through vLLM's layerwise reload, which
+packs each layer again for its kernels and keeps the storage that graphs point to. Two things are added to that: the CPU
+build's reload of expert weights is put right, and an update that stopped half way can be taken back and begun anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 from vllm.platforms import current_platform
 
+from rollout.vllm_plugin.direct_load import DirectLoad
 from rollout.vllm_plugin.whole_experts import WholeExperts
-from rollout.weight_sync import DeviceBuffer, WeightBucket, unpack_bucket
+from rollout.weight_sync import DeviceBuffer, WeightBucket
 
 BACKEND = "keel"
 
@@ -53,6 +55,16 @@ class BucketUpdate(WeightTransferUpdateInfo):
     bucket: WeightBucket
 
 
+class _Layers:
+    """Some layers of a model: as much of it as vLLM's reload asks for."""
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        self._modules = list(modules)
+
+    def modules(self) -> Iterator[Any]:
+        return iter(self._modules)
+
+
 class BucketWeightTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
     """Loads an update's buckets, in any order and chunking, as vLLM loads a checkpoint."""
 
@@ -62,72 +74,108 @@ class BucketWeightTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._moe_kernels: list[tuple[Any, Any]] = []
+        self._opened: dict[str, torch.nn.Module] = {}
+        self._direct_load: DirectLoad | None = None
         self._whole_experts: WholeExperts | None = None
 
     def init_transfer_engine(self, init_info: BucketInit) -> None:
         """Nothing to connect."""
 
     def start_weight_update(self) -> None:
-        """Opens every layer for loading; what an earlier, unfinished update left behind is dropped first."""
+        """Opens the layers that vLLM loads; what an earlier, unfinished update left behind is dropped first."""
         self.abandon()
         if current_platform.is_cpu():
             self._drop_moe_kernels()
-        initialize_layerwise_reload(self.model)
-        self._whole_experts = WholeExperts(self.model)
+        self._open(self._direct.begin())
 
     def receive_weights(self, update_info: BucketUpdate) -> None:
-        """Loads one bucket; a layer is packed as soon as the last of its tensors is there.
+        """Loads one bucket; what vLLM loads is packed as soon as the last tensor of its layer is there.
 
-        Raises WeightLoadError with the tensor's name if vLLM does not take it.
+        Raises WeightLoadError with the tensor's name if the model does not take it.
         """
+        bucket = update_info.bucket
+        is_shared = isinstance(bucket.buffer, DeviceBuffer)
+        try:
+            rest = self._direct.load(bucket)
+        except ValueError as error:
+            raise WeightLoadError(str(error)) from error
+        if rest.specs:
+            self._load_by_vllm(rest, is_shared)
+        if is_shared and torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # the sender fills this memory again as soon as this returns
+
+    def finish_weight_update(self) -> None:
+        """Closes the update. Raises IncompleteUpdateError, with the layers named, if tensors are missing."""
+        if missing := [*self._direct.find_missing(), *self._incomplete_layers()]:
+            raise IncompleteUpdateError(
+                f"{len(missing)} layers did not get all their weights, first {', '.join(missing[:3])}; "
+                "an update must send every tensor of the checkpoint"
+            )
+        self._direct.finish(lambda: finalize_layerwise_reload(self._part(self._opened), self.model_config))
+        self._opened = {}
+        self._restore_moe_kernels()
+
+    def abandon(self) -> None:
+        """Takes back an update that never finished: open layers get their old tensors, half-loaded ones forget.
+
+        Layers that were loaded directly keep what has come: only a complete update makes the model whole again.
+        """
+        for layer in self._opened.values():
+            info = get_layerwise_info(layer)
+            if info.can_load() and info.kernel_tensors is not None:
+                _place_kernel_tensors(layer, info)
+                info.reset()
+        self._opened = {}
+        self._restore_moe_kernels()
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+    @property
+    def _direct(self) -> DirectLoad:
+        """Made for the model that is being updated."""
+        if self._direct_load is None or self._direct_load.model is not self.model:
+            self._direct_load = DirectLoad(self.model, enabled=self.model_config.quantization is None)
+        return self._direct_load
+
+    def _open(self, layers: dict[str, torch.nn.Module]) -> None:
+        initialize_layerwise_reload(self._part(layers))
+        self._opened |= layers
+        self._direct.learn()
+        self._whole_experts = WholeExperts(self._opened)
+
+    def _part(self, layers: dict[str, torch.nn.Module]) -> Any:
+        """What vLLM's reload is to take for the model; it leaves marks on a quantized one."""
+        return self.model if len(layers) == self._direct.num_layers else _Layers(layers.values())
+
+    def _load_by_vllm(self, bucket: WeightBucket, is_shared: bool) -> None:
+        if layers := self._direct.reopen(bucket):
+            self._open(layers)
         model: Any = self.model
         experts = self._whole_experts
         assert experts is not None, "vLLM has called start_weight_update before"
         names: list[str] = []
         addresses: set[int] = set()
 
-        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            for name, tensor in unpack_bucket(update_info.bucket):
+        def note(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in tensors:
                 names.append(name)
                 addresses.add(tensor.untyped_storage().data_ptr())
                 yield name, tensor
 
         try:
-            model.load_weights(experts.load(tensors()))
+            with self._direct.hand_to_vllm(bucket, keep=is_shared) as tensors:
+                model.load_weights(experts.load(note(tensors)))
         except Exception as error:
             reason = f"{type(error).__name__} {error}".strip()
             raise WeightLoadError(f"tensor {names[-1:]} does not fit the engine's model ({reason})") from error
-        if isinstance(update_info.bucket.buffer, DeviceBuffer):
+        if is_shared:
             self._copy_what_waits(addresses)
-            if torch.accelerator.is_available():
-                torch.accelerator.synchronize()  # the sender fills this memory again as soon as this returns
-
-    def finish_weight_update(self) -> None:
-        """Closes the update. Raises IncompleteUpdateError, with the layers named, if tensors are missing."""
-        if missing := list(self._incomplete_layers()):
-            raise IncompleteUpdateError(
-                f"{len(missing)} layers did not get all their weights, first {', '.join(missing[:3])}; "
-                "an update must send every tensor of the checkpoint"
-            )
-        finalize_layerwise_reload(self.model, self.model_config)
-        self._restore_moe_kernels()
-
-    def abandon(self) -> None:
-        """Takes back an update that never finished: open layers get their old tensors, half-loaded ones forget."""
-        for layer in self.model.modules():
-            info = get_layerwise_info(layer)
-            if info.can_load() and info.kernel_tensors is not None:
-                _place_kernel_tensors(layer, info)
-                info.reset()
-        self._restore_moe_kernels()
-
-    def shutdown(self) -> None:
-        """Nothing to release."""
 
     def _copy_what_waits(self, addresses: set[int]) -> None:
         """A layer that waits for more of its tensors keeps those that came; they must not stay in the sender's memory,
         which begins at these addresses."""
-        for layer in self.model.modules():
+        for layer in self._opened.values():
             for _, call in get_layerwise_info(layer).loaded_weights:
                 for name, value in call.arguments.items():
                     if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in addresses:
@@ -154,7 +202,7 @@ class BucketWeightTransfer(WeightTransferEngine[BucketInit, BucketUpdate]):
         a tied head has no tensor of its own; any other layer with parameters must have got all of them.
         """
         tied = getattr(self.model_config.hf_config, "tie_word_embeddings", False)
-        for name, layer in self.model.named_modules():
+        for name, layer in self._opened.items():
             info = get_layerwise_info(layer)
             if not info.can_load() or info.kernel_tensors is None or is_deferred_attention_layer(layer):
                 continue

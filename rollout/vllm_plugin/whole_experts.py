@@ -11,7 +11,7 @@ Shapes: E = experts of a layer, I = their inner width, H = the model's width.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,13 +26,13 @@ _Run = list[tuple[str, Tensor]]
 
 
 class WholeExperts:
-    """Takes out of a stream of checkpoint tensors what it can load whole."""
+    """Takes out of a stream of checkpoint tensors what it can load whole, into some of a model's layers."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, layers: Mapping[str, torch.nn.Module]) -> None:
         self._layers: dict[str, Any] = {
             name.removesuffix(".routed_experts"): layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, RoutedExperts) and _holds_all(layer)
+            for name, layer in layers.items()
+            if isinstance(layer, RoutedExperts) and holds_all_experts(layer)
         }
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -54,8 +54,8 @@ class WholeExperts:
         yield from run
 
 
-def _holds_all(layer: Any) -> bool:
-    """Whether the layer holds unquantized gate, up and down projections of every expert of the model."""
+def holds_all_experts(layer: Any) -> bool:
+    """Whether a `RoutedExperts` layer holds unquantized gate, up and down projections of every expert of the model."""
     moe = layer.moe_config
     parameters = {name for name, _ in layer.named_parameters()}
     return (
