@@ -2,7 +2,8 @@
 
 Put into a running model runner by `start_recording`. vLLM's own recording prepares everything per request, in Python;
 here a step carries one array with its sampling, its routes and the cache slots that these belong to
-(`rollout/vllm_plugin/support.py`), and the scheduler (`rollout/vllm_plugin/scheduler.py`) keeps them.
+(`rollout/vllm_plugin/support.py`), and the scheduler (`rollout/vllm_plugin/scheduler.py`) keeps them. On a GPU one set
+of kernels draws and records (`rollout/vllm_plugin/draw.py`); on a CPU vLLM's sampler draws.
 
 Shapes: B = requests in the step, V = vocabulary, L = decoder layers, K = experts per token.
 """
@@ -14,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from rollout.vllm_plugin.draw import Rows, Settings, StepDrawer
 from rollout.vllm_plugin.record import EngineError
-from rollout.vllm_plugin.support import RouteBuffers, StepPacker
+from rollout.vllm_plugin.support import PackedStep, RouteBuffers, pack_on_cpu
 
 
 def start_recording(wrapper: Any) -> None:
@@ -42,7 +43,8 @@ class RecordingSampler(Sampler):
     nothing.
     """
 
-    _pack: StepPacker
+    _buffers: RouteBuffers | None
+    _drawer: StepDrawer | None  # None on a CPU
     _ones: Tensor  # int32 [most requests]
     _zeros: Tensor
     _truncates: np.ndarray  # bool [most requests]
@@ -53,12 +55,17 @@ class RecordingSampler(Sampler):
         """The same sampler, with all its state, as one of these."""
         if type(sampler) is not Sampler or sampler.logprobs_mode != "processed_logprobs":
             raise EngineError(f"vLLM's {type(sampler).__name__} with {sampler.logprobs_mode} cannot be recorded from")
+        if sampler.use_fp64_gumbel:
+            raise EngineError("vLLM's noise in float64 cannot be recorded from; leave use_fp64_gumbel off")
         adopted = cls.__new__(cls)
         vars(adopted).update(vars(sampler))
         states = sampler.sampling_states
-        adopted._pack = StepPacker(
-            max_rows=states.max_num_reqs, vocab_size=states.vocab_size, device=device, buffers=buffers
-        )
+        adopted._buffers = buffers
+        adopted._drawer = None
+        if device.type != "cpu":
+            adopted._drawer = StepDrawer(
+                max_rows=states.max_num_reqs, vocab_size=states.vocab_size, device=device, buffers=buffers
+            )
         adopted._ones = torch.ones(states.max_num_reqs, dtype=torch.int32, device=device)
         adopted._zeros = torch.zeros_like(adopted._ones)
         adopted._truncates = np.zeros(states.max_num_reqs, bool)
@@ -73,9 +80,17 @@ class RecordingSampler(Sampler):
         self._truncates[req_idx] = states.top_p.np[req_idx] < 1 or states.top_k.np[req_idx] < states.vocab_size
 
     def apply_staged_writes(self) -> None:
-        """vLLM's, where there is anything to write; it would copy every setting of every request in every step."""
+        """vLLM's, where there is anything to write; it would copy every setting of every request in every step.
+
+        vLLM leaves the settings in the host's memory, where each program of a kernel would fetch them from.
+        """
         if self._has_staged:
             super().apply_staged_writes()
+            if self._drawer is not None:
+                states = self.sampling_states
+                filled = Settings(states.temperature.gpu, states.top_k.gpu, states.top_p.gpu, states.seeds.gpu)
+                for setting, values in zip(self._drawer.settings, filled, strict=True):
+                    setting.copy_(values)
         self._has_staged = False
 
     def apply_sampling_params(
@@ -99,22 +114,40 @@ class RecordingSampler(Sampler):
         """Tokens [B, 1]; the step's record travels in the place of vLLM's sampling masks."""
         # A step of decoding alone has one token and one row for each request, in one order.
         decodes = input_batch.num_tokens == input_batch.num_reqs and not input_batch.has_prefill
-        rows = slice(input_batch.num_reqs) if decodes else input_batch.logits_indices
+        where = slice(input_batch.num_reqs) if decodes else input_batch.logits_indices
+        num_sampled, num_rejected = self._count_sampled(input_batch, decodes=decodes)
+        truncates = self._truncates[input_batch.idx_mapping_np]
+        if self._drawer is None:
+            sampled, step = self._draw_on_cpu(logits, input_batch, where, num_sampled, truncates)
+        else:
+            rows = Rows(logits, input_batch.expanded_idx_mapping, input_batch.positions[where], num_sampled)
+            sampled, step = self._drawer(
+                rows,
+                input_batch.num_tokens,
+                truncates=bool(truncates.any()),
+                records=self.return_sampling_mask,
+            )
+        pending: Any = step
+        return SamplerOutput(sampled.view(-1, 1), None, None, num_sampled, num_rejected, pending)
+
+    def _draw_on_cpu(
+        self, logits: Tensor, input_batch: Any, where: slice | Tensor, num_sampled: Tensor, truncates: np.ndarray
+    ) -> tuple[Tensor, PackedStep]:
+        """vLLM's own draw, and the record of what it leaves."""
         sampled, processed = self.sample(
             logits,
             input_batch.expanded_idx_mapping,
             input_batch.idx_mapping,
             input_batch.idx_mapping_np,
-            input_batch.positions[rows],
-            input_batch.input_ids[rows],
+            input_batch.positions[where],
+            input_batch.input_ids[where],
             input_batch.expanded_local_pos,
             input_batch.seq_lens_cpu_upper_bound.numpy(),
             return_logprobs=True,
         )
-        num_sampled, num_rejected = self._count_sampled(input_batch, decodes=decodes)
-        truncates = self._find_truncating(input_batch, num_sampled) if self.return_sampling_mask else None
-        pending: Any = self._pack(processed, sampled, num_sampled, truncates, input_batch.num_tokens)
-        return SamplerOutput(sampled.view(-1, 1), None, None, num_sampled, num_rejected, pending)
+        recorded = truncates if self.return_sampling_mask and truncates.any() else None
+        step = pack_on_cpu(processed, sampled, num_sampled, recorded, input_batch.num_tokens, self._buffers)
+        return sampled, step
 
     def _count_sampled(self, input_batch: Any, *, decodes: bool) -> tuple[Tensor, Tensor]:
         """int32 [B] each: 1, or 0 for a request whose prompt is not computed yet; and 0."""
@@ -128,13 +161,6 @@ class RecordingSampler(Sampler):
             input_batch.idx_mapping,
             self.req_states.prefill_len.gpu,
         )
-
-    def _find_truncating(self, input_batch: Any, num_sampled: Tensor) -> Tensor | None:
-        """int32 [B], nonzero where a row truncates; None if none does."""
-        truncates = self._truncates[input_batch.idx_mapping_np]
-        if truncates.all():
-            return num_sampled  # rows that have sampled nothing are not recorded in any case
-        return async_tensor_h2d(truncates.astype(np.int32), device=num_sampled.device) if truncates.any() else None
 
 
 def find_route_buffers(capturer: Any, runner: Any) -> RouteBuffers:

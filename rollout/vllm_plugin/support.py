@@ -1,9 +1,9 @@
 """What a step leaves on the device, in one array: each row's log-probability, the support of the rows that truncate,
 and the routes of the step's tokens.
 
-On a GPU two kernels read the truncated logits once and pack everything (`support_kernels.py`); on a CPU torch and numpy
-do. Either way the supports come as one run of ids. A row that does not fit in its room leaves a bit per id of the
-vocabulary instead: no bound changes a record.
+On a GPU the kernels that draw also pack (`rollout/vllm_plugin/draw.py`); on a CPU `pack_on_cpu` reads what vLLM's
+sampler has left. Either way the supports come as one run of ids. A row that does not fit in its room leaves a bit per
+id of the vocabulary instead: no bound changes a record.
 
 Shapes: B = rows, V = vocabulary, N = ids of all supports, T = tokens, L = decoder layers, K = experts per token.
 """
@@ -11,19 +11,13 @@ Shapes: B = rows, V = vocabulary, N = ids of all supports, T = tokens, L = decod
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rollout.vllm_plugin.step_log import StepSets
-
-_CHUNK, _BLOCK = 10_240, 2048
-"""Ids per program and per load. 15 programs walk a row of 151,936."""
-_CHUNK_ROOM = 512
-_ROW_ROOM = 512
-"""Ids per row that the device has room for, on average over the rows of a step."""
 
 
 class RouteBuffers(NamedTuple):
@@ -51,7 +45,7 @@ class StepRecord(NamedTuple):
     routes: StepRoutes | None
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """Where the parts of a packed step begin, counted in int32; each from 16 bytes on."""
 
     logprobs: int
@@ -65,7 +59,7 @@ class PackedStep(NamedTuple):
     """One step on its way to the host. It stands in for vLLM's `SamplingMaskTensors` and has its two methods."""
 
     packed: Tensor  # int32
-    layout: _Layout
+    layout: Layout
     num_rows: int
     route_shape: tuple[int, ...]
     """T, L, K; empty without routes."""
@@ -110,117 +104,52 @@ class PackedStep(NamedTuple):
         return StepSets(np.concatenate(rows), sizes)
 
 
-class StepPacker:
-    """Packs steps of at most `max_rows` rows over a vocabulary of `vocab_size` ids.
+def lay_out(buffers: RouteBuffers | None, num_rows: int, num_tokens: int) -> Layout:
+    """Of a step with `num_rows` rows and, with `buffers`, the routes of `num_tokens` tokens."""
+    slots = 2 * _rounded(num_rows)
+    if buffers is None:
+        return Layout(slots // 2, slots, slots, slots)
+    routes = slots + _rounded(2 * num_tokens)
+    num_bytes = num_tokens * buffers.ids[0].numel() * buffers.dtype.itemsize
+    return Layout(slots // 2, slots, routes, routes + _rounded(-(-num_bytes // 4)))
 
-    On a GPU it holds the memory that the two kernels pass results through; steps on one stream may share it. With
-    `buffers` a step's routes are packed too.
-    """
 
-    def __init__(self, *, max_rows: int, vocab_size: int, device: torch.device, buffers: RouteBuffers | None) -> None:
-        self._vocab_size = vocab_size
-        self._num_chunks = -(-vocab_size // _CHUNK)
-        self._buffers = buffers
-        self._row_shape = () if buffers is None else tuple(buffers.ids.shape[1:])
-        self._row_ids = 0 if buffers is None else math.prod(self._row_shape)
-        self._dtype = np.dtype(np.uint8) if buffers is None else buffers.dtype
-        self._scratch: tuple[Tensor, ...] = ()
-        if device.type != "cpu":
-            self._scratch = self._make_scratch(max_rows, device)
+def name_parts(
+    packed: Tensor, layout: Layout, num_rows: int, num_tokens: int, buffers: RouteBuffers | None, bits: Tensor | None
+) -> PackedStep:
+    """The step that `packed` holds."""
+    if buffers is None:
+        return PackedStep(packed, layout, num_rows, (), np.dtype(np.uint8), bits)
+    return PackedStep(packed, layout, num_rows, (num_tokens, *buffers.ids.shape[1:]), buffers.dtype, bits)
 
-    def __call__(
-        self,
-        logits: Tensor,  # float32 [B, V]; -inf = removed by truncation
-        sampled: Tensor,  # int64 [B]
-        num_sampled: Tensor,  # int32 [B]: 0 = nothing was sampled, the row's token means nothing
-        truncates: Tensor | None,  # int32 [B]: 0 = the row's support is the vocabulary; None = record no supports
-        num_tokens: int,
-    ) -> PackedStep:
-        """log softmax(logits)[sampled] of every row; the ids of finite logit where a row truncates and has sampled."""
-        layout = self._lay_out(len(logits), num_tokens)
-        shape = (num_tokens, *self._row_shape) if self._row_shape else ()
-        pack = self._pack_on_gpu if self._scratch else self._pack_on_cpu
-        packed, bits = pack(logits, sampled, num_sampled, truncates, num_tokens, layout)
-        return PackedStep(packed, layout, len(logits), shape, self._dtype, bits)
 
-    def _lay_out(self, num_rows: int, num_tokens: int) -> _Layout:
-        slots = 2 * _rounded(num_rows)
-        if self._buffers is None:
-            return _Layout(slots // 2, slots, slots, slots)
-        routes = slots + _rounded(2 * num_tokens)
-        num_bytes = num_tokens * self._row_ids * self._dtype.itemsize
-        return _Layout(slots // 2, slots, routes, routes + _rounded(-(-num_bytes // 4)))
-
-    def _make_scratch(self, max_rows: int, device: torch.device) -> tuple[Tensor, ...]:
-        chunks = max_rows * self._num_chunks
-        sums = torch.empty(chunks, 2, dtype=torch.float32, device=device)
-        counts = torch.empty(chunks, dtype=torch.int32, device=device)
-        return sums, counts, torch.empty(chunks, _CHUNK_ROOM, dtype=torch.int32, device=device)
-
-    def _pack_on_gpu(
-        self,
-        logits: Tensor,
-        sampled: Tensor,
-        num_sampled: Tensor,
-        truncates: Tensor | None,
-        num_tokens: int,
-        layout: _Layout,
-    ) -> tuple[Tensor, Tensor | None]:
-        from rollout.vllm_plugin import support_kernels
-
-        kernels: Any = support_kernels  # a launch is not typed
-        num_rows, record = len(logits), truncates is not None
-        room = num_rows * _ROW_ROOM if record else 0
-        packed = torch.empty(layout.ids + room, dtype=torch.int32, device=logits.device)
-        bits = None
-        if record:
-            bits = torch.empty(num_rows, -(-self._vocab_size // 8), dtype=torch.uint8, device=logits.device)
-        sums, counts, chunk_ids = self._scratch
-        shape: dict[str, Any] = {"BLOCK": _BLOCK, "WIDTH": _CHUNK_ROOM, "RECORD": record}
-        kernels.scan_chunks[(num_rows, self._num_chunks)](
-            *(logits, logits.stride(0), truncates if record else num_sampled, num_sampled, sums, counts, chunk_ids),
-            self._vocab_size,
-            CHUNK=_CHUNK,
-            **shape,
-        )
-        routes = self._buffers
-        kernels.finish_step[(num_rows + -(-num_tokens * self._row_ids // _BLOCK),)](
-            *(logits, logits.stride(0), sampled, sums, counts, chunk_ids),
-            *((packed, 0) if bits is None else (bits, bits.stride(0))),
-            *((packed, packed) if routes is None else (routes.slots, routes.ids)),
-            *(packed, *layout, num_rows, self._num_chunks, room, self._vocab_size, num_tokens, self._row_ids),
-            CHUNKS=1 << (self._num_chunks - 1).bit_length(),
-            ROUTE_BYTES=0 if routes is None else self._dtype.itemsize,
-            **shape,
-        )
-        return packed, bits
-
-    def _pack_on_cpu(
-        self,
-        logits: Tensor,
-        sampled: Tensor,
-        num_sampled: Tensor,
-        truncates: Tensor | None,
-        num_tokens: int,
-        layout: _Layout,
-    ) -> tuple[Tensor, None]:
-        logits = logits.float()
-        num_rows, kept = len(logits), np.empty((0, 0), bool)
-        if truncates is not None:
-            rows = torch.nonzero((truncates != 0) & (num_sampled > 0))[:, 0].numpy()
-            kept = np.isfinite(logits.numpy()[rows])
-        ids = np.nonzero(kept)[1]
-        packed = np.zeros(layout.ids + len(ids), np.int32)
-        packed[layout.ids :] = ids
-        if truncates is not None:
-            packed[rows] = kept.sum(-1)
-        logprobs = logits.gather(-1, sampled[:, None])[:, 0] - logits.logsumexp(-1)
-        packed[layout.logprobs : layout.logprobs + num_rows] = logprobs.numpy().view(np.int32)
-        if self._buffers is not None:
-            slots, ids = (buffer[:num_tokens].numpy() for buffer in self._buffers[:2])
-            packed[layout.slots : layout.routes].view(np.int64)[:num_tokens] = slots
-            packed[layout.routes : layout.ids].view(self._dtype)[: ids.size] = ids.reshape(-1)
-        return torch.from_numpy(packed), None
+def pack_on_cpu(
+    logits: Tensor,  # float [B, V]; -inf = removed by truncation
+    sampled: Tensor,  # int64 [B]
+    num_sampled: Tensor,  # int32 [B]: 0 = nothing was sampled, the row's token means nothing
+    truncates: np.ndarray | None,  # bool [B]: False = the row's support is the vocabulary; None = record no supports
+    num_tokens: int,
+    buffers: RouteBuffers | None,
+) -> PackedStep:
+    """log softmax(logits)[sampled] of every row; the ids of finite logit where a row truncates and has sampled."""
+    logits = logits.float()
+    num_rows, kept = len(logits), np.empty((0, 0), bool)
+    layout = lay_out(buffers, num_rows, num_tokens)
+    if truncates is not None:
+        rows = np.flatnonzero(truncates & (num_sampled.numpy() > 0))
+        kept = np.isfinite(logits.numpy()[rows])
+    ids = np.nonzero(kept)[1]
+    packed = np.zeros(layout.ids + len(ids), np.int32)
+    packed[layout.ids :] = ids
+    if truncates is not None:
+        packed[rows] = kept.sum(-1)
+    logprobs = logits.gather(-1, sampled[:, None])[:, 0] - logits.logsumexp(-1)
+    packed[layout.logprobs : layout.logprobs + num_rows] = logprobs.numpy().view(np.int32)
+    if buffers is not None:
+        slots, ids = (buffer[:num_tokens].numpy() for buffer in buffers[:2])
+        packed[layout.slots : layout.routes].view(np.int64)[:num_tokens] = slots
+        packed[layout.routes : layout.ids].view(buffers.dtype)[: ids.size] = ids.reshape(-1)
+    return name_parts(torch.from_numpy(packed), layout, num_rows, num_tokens, buffers, None)
 
 
 def _rounded(num_words: int) -> int:

@@ -1,49 +1,35 @@
-"""The recorder on a GPU: its kernels against numpy, and an engine short of room against transformers."""
+"""The sampler on a GPU: its kernels against vLLM's and float64, and an engine short of room against transformers."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from rollout.vllm_plugin.support import PackedStep, RouteBuffers, StepPacker
-from tests.rollout.test_support import CASES, VOCAB_SIZE, errors_of, make_buffers, packs_routes
+from tests.rollout.test_draw import ROWS, compare, draws_routes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-
-def pack_on_gpu(buffers: RouteBuffers | None) -> Callable[..., PackedStep]:
-    """Takes tensors of the host; the result has arrived there."""
-    device = torch.device("cuda")
-    if buffers is not None:
-        buffers = buffers._replace(slots=buffers.slots.cuda(), ids=buffers.ids.cuda())
-    packer = StepPacker(max_rows=8, vocab_size=VOCAB_SIZE, device=device, buffers=buffers)
-
-    def pack(*case: Any) -> PackedStep:
-        logits, sampled, num_sampled, truncates = (tensor.cuda() for tensor in case[:4])
-        on_host = packer(logits, sampled, num_sampled, truncates, case[4]).to_cpu_nonblocking()
-        torch.cuda.synchronize()
-        return on_host
-
-    return pack
+VOCAB_SIZE = 100_003  # ten chunks of a row, the last one not full
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_kernels(name: str) -> None:
-    error, same = errors_of(pack_on_gpu(None), CASES[name]())
-    assert same and error < 1e-5
+def test_draws() -> None:
+    pytest.importorskip("vllm")
+    results = compare(torch.device("cuda"), VOCAB_SIZE)
+    assert set(results) == set(ROWS)
+    for name, (is_right, as_vllm, as_stand_in, was_walked, error) in results.items():
+        assert is_right and as_vllm and as_stand_in and error < 1e-5, name
+        assert was_walked == ("below the cut" in name), name
 
 
 @pytest.mark.parametrize("num_experts", [200, 300])
 @pytest.mark.parametrize("num_tokens", [1, 3, 40])
 def test_routes(num_experts: int, num_tokens: int) -> None:
-    buffers = make_buffers(num_experts)
-    assert packs_routes(pack_on_gpu(buffers), buffers, num_tokens)
+    pytest.importorskip("vllm")
+    assert draws_routes(torch.device("cuda"), VOCAB_SIZE, num_experts, num_tokens)
 
 
 def test_an_engine_short_of_room(tmp_path: Path) -> None:
