@@ -2,7 +2,7 @@
 
 Everywhere: the weight-transfer backend `keel`. On vLLM's CPU build, which has no Triton: stand-ins for the few kernels
 that Model Runner V2 launches, so that it runs there unchanged. In the processes of Keel's own engines: layers whose
-sums stay in float32.
+sums stay in float32 and, on CUDA, attention that is not cut into parts without need.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ENGINE_VARIABLE = "KEEL_ENGINE"
 """Set in the environment of an engine's process, and so of the workers that vLLM starts for it."""
 
 _registered = False
-_keeps_sums = False
+_registered_for_engine = False
 
 
 class UnsupportedVllmError(RuntimeError):
@@ -35,18 +35,16 @@ def check_version(version: str) -> None:
 def register() -> None:
     """Registers the backend and, on a CPU without Triton, the stand-ins. Safe to call again.
 
-    In the processes of Keel's own engines, which `ENGINE_VARIABLE` marks, also the layers that keep float32 sums: any
+    In the processes of Keel's own engines, which `ENGINE_VARIABLE` marks, also what changes how models compute: any
     other vLLM in this environment, a judge's server for one, keeps its own.
     """
-    global _registered, _keeps_sums
+    global _registered, _registered_for_engine
     if not _registered:
         _register_for_all()
         _registered = True
-    if ENGINE_VARIABLE in os.environ and not _keeps_sums:
-        from rollout.vllm_plugin.precision import keep_float32_sums
-
-        keep_float32_sums()
-        _keeps_sums = True
+    if ENGINE_VARIABLE in os.environ and not _registered_for_engine:
+        _register_for_engine()
+        _registered_for_engine = True
 
 
 def _register_for_all() -> None:
@@ -62,3 +60,15 @@ def _register_for_all() -> None:
     from rollout.vllm_plugin.weight_transfer import register_backend
 
     register_backend()
+
+
+def _register_for_engine() -> None:
+    from vllm.platforms import current_platform
+
+    from rollout.vllm_plugin.precision import keep_float32_sums
+
+    keep_float32_sums()
+    if current_platform.is_cuda():
+        from rollout.vllm_plugin.whole_attention import attend_whole
+
+        attend_whole()
