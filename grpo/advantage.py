@@ -41,6 +41,9 @@ class Segment:
     policy_versions: np.ndarray  # int32 [T], -1 where loss_mask is False
     replay: Replay | ReplayHandle
     """`kept` has one row per sampled token; `routed_experts` one row per token but the last."""
+    num_shareable: int = 0
+    """Any two samples of a group can share the smaller of their first segments' numbers of leading tokens, at least, if
+    they are packed together. For planning: packing itself compares tokens and records."""
 
     @property
     def num_sampled(self) -> int:
@@ -112,4 +115,5 @@ def completion_segment(prompt_token_ids: np.ndarray, completion: Completion) -> 
         behavior_logprobs=np.concatenate([np.zeros(num_prompt, np.float32), completion.behavior_logprobs]),
         policy_versions=np.concatenate([np.full(num_prompt, -1, np.int32), completion.policy_versions]),
         replay=completion.replay,
+        num_shareable=max(0, min(completion.common_routes, num_prompt - 1)),
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,9 @@ class StepResult:
     grad_norms: tuple[float, ...]  # one per update, global, before clipping
     lr: float
     num_tokens: int
+    """Packed: those that were computed."""
+    num_sample_tokens: int
+    """Of the samples, shared prompts counted for each of them."""
     peak_memory_bytes: int
     time_s: float
 
@@ -83,6 +87,24 @@ def load_models(spec: LearnerSpec) -> LoadedModels:
     return LoadedModels(policy, read(keep_routing=False, trainable=False) if spec.needs_reference else None)
 
 
+class _Updated(NamedTuple):
+    """One rank's part of an update."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    num_sample_tokens: int
+
+
+class _Computed(NamedTuple):
+    """A micro-batch whose forward and backward passes the GPU has been given."""
+
+    batch: TrainBatch
+    logprobs: Tensor
+    output: LossOutput
+    done: torch.cuda.Event | None
+
+
 class Learner:
     """A training rank. The first policy version is 0; every `train` call makes the next one."""
 
@@ -101,6 +123,7 @@ class Learner:
         torch.manual_seed(spec.seed)
         loaded = loaded or load_models(spec)
         self.policy, self.reference = loaded.policy, loaded.reference
+        self.shares_prompts = self.policy.shares_prompts
         config = spec.config
         for model in (self.policy, self.reference):
             if model is not None:
@@ -114,9 +137,12 @@ class Learner:
         )
         self.policy_version = 0
         self.num_updates = 0
+        if self.device.type == "cuda":
+            self._copying = torch.cuda.Stream()
 
     def train(self, updates: Sequence[Sequence[TrainBatch]], loss_fn: LossFn = grpo_loss) -> StepResult:
-        """One optimizer step per entry of `updates`, each over that entry's micro-batches.
+        """One optimizer step per entry of `updates`, each over that entry's micro-batches, which are asked for once and
+        in order.
 
         Raises:
             LearnerError: a gradient norm is not finite; no weight has been touched by that update.
@@ -126,20 +152,19 @@ class Learner:
             torch.cuda.reset_peak_memory_stats()
         if self.policy.routing is not None:
             self.policy.routing.reset()
-        losses, norms = [], []
+        done: list[_Updated] = []
         for index, microbatches in enumerate(updates):
-            loss, norm = self._update(microbatches, loss_fn, stats, is_fresh=index == 0)
-            losses.append(loss)
-            norms.append(norm)
+            done.append(self._update(microbatches, loss_fn, stats, is_fresh=index == 0))
             if index == 0:
                 self._record_agreement(stats)
         self.policy_version += 1
         return StepResult(
             stats=stats,
-            losses=tuple(losses),
-            grad_norms=tuple(norms),
+            losses=tuple(update.loss for update in done),
+            grad_norms=tuple(update.grad_norm for update in done),
             lr=self.optimizer.param_groups[0]["lr"],
-            num_tokens=sum(len(batch.token_ids) for microbatches in updates for batch in microbatches),
+            num_tokens=sum(update.num_tokens for update in done),
+            num_sample_tokens=sum(update.num_sample_tokens for update in done),
             peak_memory_bytes=_peak_memory(self.device),
             time_s=time.perf_counter() - started,
         )
@@ -191,23 +216,59 @@ class Learner:
 
     def _update(
         self, microbatches: Sequence[TrainBatch], loss_fn: LossFn, stats: StepStats, *, is_fresh: bool
-    ) -> tuple[float, float]:
+    ) -> _Updated:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
-        batches = [batch.to(self.device) for batch in microbatches]  # a copy between two of them would wait for the GPU
-        results = []
-        for index, batch in enumerate(batches):
+        behind: _Computed | None = None
+        num_tokens = num_sample_tokens = 0
+        for index, packed in enumerate(microbatches):
+            num_tokens += len(packed.token_ids)
+            num_sample_tokens += packed.num_sample_tokens
+            batch = self._to_device(packed)
             self._sync_gradients(index == len(microbatches) - 1)
             scored = token_logprobs(self.policy, batch)
             output = loss_fn(LossInputs(scored.logprobs, self._reference_logprobs(batch), scored.entropy, batch))
             # FSDP averages gradients over ranks; the weights are those of a sum over the whole update.
             (output.loss * self.world_size).backward()
             total += output.loss.detach()
-            results.append((batch, scored.logprobs.detach(), replace(output, loss=output.loss.detach())))
+            output = replace(output, loss=output.loss.detach())
+            computed = _Computed(batch, scored.logprobs.detach(), output, self._so_far())
+            if behind is not None:  # while the GPU works on this one
+                self._record_beside(stats, behind, is_fresh)
+            behind = computed
         norm = self.apply_gradients()
-        for batch, logprobs, output in results:
-            self._record(stats, batch, logprobs, output, is_fresh)
-        return total.item(), norm
+        if behind is not None:
+            self._record_beside(stats, behind, is_fresh)
+        return _Updated(total.item(), norm, num_tokens, num_sample_tokens)
+
+    def _to_device(self, batch: TrainBatch) -> TrainBatch:
+        """Copies beside what the GPU computes: in a stream of its own, a copy from pageable memory waits for nothing
+        else. The batch must live until the GPU is done with it."""
+        if self.device.type != "cuda":
+            return batch.to(self.device)
+        computing = torch.cuda.current_stream()
+        with torch.cuda.stream(self._copying):
+            moved = batch.to(self.device)
+        computing.wait_stream(self._copying)
+        return moved
+
+    def _so_far(self) -> torch.cuda.Event | None:
+        """Done when the GPU has done what it has been given until now; None without a GPU."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _record_beside(self, stats: StepStats, computed: _Computed, is_fresh: bool) -> None:
+        """Waits for this micro-batch only, not for what the GPU was given after it."""
+        if computed.done is None:
+            self._record(stats, computed.batch, computed.logprobs, computed.output, is_fresh)
+            return
+        with torch.cuda.stream(self._copying):
+            self._copying.wait_event(computed.done)
+            self._record(stats, computed.batch, computed.logprobs, computed.output, is_fresh)
+        self._copying.synchronize()
 
     def apply_gradients(self) -> float:
         """Clips the gradients, takes an optimizer step with them, and returns their norm before clipping.

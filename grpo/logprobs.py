@@ -40,7 +40,7 @@ def token_logprobs(model: PolicyModel, batch: TrainBatch) -> TokenLogprobs:
         batch.rows, batch.kept_offsets, batch.kept_ids, batch.untruncated, batch.targets, batch.temperature
     )
     kwargs: dict[str, Any] = attention_kwargs(
-        model.module, model.attention, batch.position_ids, batch.cu_seqlens, batch.max_seqlen
+        model.module, model.attention, batch.position_ids, batch.cu_seqlens, batch.max_seqlen, batch.parents
     )
     if model.routing is not None and batch.routed_experts is not None:
         kwargs[keep_routing.KEYWORD] = batch.routed_experts

@@ -25,7 +25,7 @@ from grpo.compute_copies import ComputeCopies
 from grpo.layers import decoder, experts
 from grpo.layers.attention import AttentionMode
 from grpo.layers.head import SupportHead
-from grpo.model_check import check_packing, check_replay, choose_attention
+from grpo.model_check import can_share_prompts, check_packing, check_replay, choose_attention
 from stability import keep_routing as routing_replay
 
 
@@ -41,6 +41,8 @@ class PolicyModel:
     """None: the model routes by itself (dense model, reference, or keep_routing off)."""
     attention: AttentionMode
     """How it attends over a packed row: `packed`, or a mode with a T x T mask for models that need one."""
+    shares_prompts: bool
+    """Whether a row may have a shared prompt once (`TrainBatch.parents`)."""
     copies: ComputeCopies
     """The half-precision copies a single rank computes with; not started under FSDP2, which makes its own."""
 
@@ -78,11 +80,13 @@ def prepare_policy(
     copies = ComputeCopies(module)
     experts.install(module, copies)
     attention = choose_attention(module)
+    shares_prompts = can_share_prompts(module, attention)
     decoder.install(module)
     routing = routing_replay.install(module) if keep_routing else None
     if gradient_checkpointing and trainable:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = PolicyModel(module, SupportHead(_output_layer(module), copies), routing, attention, copies)
+    head = SupportHead(_output_layer(module), copies)
+    policy = PolicyModel(module, head, routing, attention, shares_prompts, copies)
     check_replay(policy)
     return policy
 
@@ -120,7 +124,7 @@ def shard_policy(policy: PolicyModel, *, compute_dtype: torch.dtype, world_size:
     if world_size == 1 and compute_dtype != torch.float32:
         _compute_in(policy, compute_dtype)
     if device.type == "cuda":
-        check_packing(module, policy.attention, compute_dtype)
+        check_packing(module, policy.attention, compute_dtype, share_prompts=policy.shares_prompts)
         reshard(policy)
 
 

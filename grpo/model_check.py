@@ -1,11 +1,11 @@
-"""Start-up checks of a loaded model, on a few random tokens: packed sequences stay apart, replay reaches every
-router, and the head's log-probabilities are those of the model's logits. Each failure here would otherwise be silent
-and train on wrong numbers.
+"""Start-up checks of a loaded model, on a few random tokens: packed sequences stay apart, shared prompts are read as
+repeated ones, replay reaches every router, and the head's log-probabilities are those of the model's logits. Each
+failure here would otherwise be silent and train on wrong numbers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,26 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest mean |difference| of logits over mean |logit|. Sequences that see each other give 0.3 and more; float32
 rounding gives 1e-6, and up to 1e-3 leaves room for one near-tie in a router."""
 
-Trial = tuple[Tensor, Tensor, Tensor]
-"""token_ids [T], position_ids [T], cu_seqlens [S + 1]."""
+PARTS = ((0, 0, 6, -1), (2, 0, 5, -1), (3, 0, 6, -1), (0, 6, 10, 0), (0, 6, 8, 0), (2, 5, 14, 1), (3, 6, 7, 2))
+"""The same sequences once more, now going on from shared prompts: (sequence, first token, last + 1, parent)."""
+_REFUSALS = (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError)
+"""What models raise that were not written for an attention mode."""
+
+
+class Trial(NamedTuple):
+    """A packed row of the check's sequences."""
+
+    token_ids: Tensor  # int64 [T]
+    position_ids: Tensor  # int64 [T]
+    cu_seqlens: Tensor  # int32 [S + 1]
+    parents: Tensor | None  # int32 [S]
+    origin: Tensor  # int64 [T], the row's tokens in the sequences laid end to end
+    num_checked: int
+    """The last rows: all, or those of sequences that go on from shared prompts."""
+
+    def kwargs(self, module: PreTrainedModel, mode: AttentionMode) -> dict:
+        """What the model must be called with."""
+        return attention_kwargs(module, mode, self.position_ids, self.cu_seqlens, max(LENGTHS), self.parents)
 
 
 class ModelCheckError(RuntimeError):
@@ -43,8 +61,8 @@ def choose_attention(module: PreTrainedModel) -> AttentionMode:
     for mode in MODES:
         try:
             set_attention(module, mode)
-            error = _packing_error(module, mode, reference)
-        except (ValueError, TypeError, RuntimeError, AttributeError, KeyError, IndexError) as refusal:
+            error = _packing_error(module, mode, reference, shared=False)
+        except _REFUSALS as refusal:
             reasons.append(f"{mode}: {type(refusal).__name__}: {refusal}")
             continue
         if error <= TOLERANCE[torch.float32]:
@@ -56,8 +74,23 @@ def choose_attention(module: PreTrainedModel) -> AttentionMode:
     )
 
 
-def check_packing(module: PreTrainedModel, mode: AttentionMode, compute_dtype: torch.dtype) -> None:
+@torch.no_grad()
+def can_share_prompts(module: PreTrainedModel, mode: AttentionMode) -> bool:
+    """Whether sequences that go on from a shared prompt give the logits of whole ones; to be asked before sharding."""
+    trial = _trial(module, shared=True)
+    try:
+        logits = module(input_ids=trial.token_ids[None], **trial.kwargs(module, mode)).logits[0]
+    except _REFUSALS:
+        return False
+    return _relative_error(logits, logits, trial) <= TOLERANCE[torch.float32]
+
+
+def check_packing(
+    module: PreTrainedModel, mode: AttentionMode, compute_dtype: torch.dtype, *, share_prompts: bool
+) -> None:
     """Compares packed with separate once more where training will run: another device, sharded, in `compute_dtype`.
+
+    With `share_prompts` a second row has sequences that go on from shared prompts.
 
     Raises:
         ModelCheckError: they differ by more than `TOLERANCE[compute_dtype]`.
@@ -65,7 +98,7 @@ def check_packing(module: PreTrainedModel, mode: AttentionMode, compute_dtype: t
     module.set_attn_implementation("eager" if mode.startswith("eager") else "sdpa")
     reference = _separate_logits(module)
     set_attention(module, mode)
-    error = _packing_error(module, mode, reference)
+    error = max(_packing_error(module, mode, reference, shared=shared) for shared in (False, True)[: 1 + share_prompts])
     if not error <= TOLERANCE[compute_dtype]:  # also where it is not a number
         raise ModelCheckError(
             f"{type(module).__name__}: packed logits differ from separate ones by {error:.1e} of their mean size on "
@@ -79,8 +112,8 @@ def check_replay(policy: PolicyModel) -> None:
     Raises:
         ModelCheckError: one of them is off.
     """
-    token_ids, position_ids, cu_seqlens = _trial(policy.module)
-    kwargs = attention_kwargs(policy.module, policy.attention, position_ids, cu_seqlens, max(LENGTHS))
+    trial = _trial(policy.module)
+    token_ids, kwargs = trial.token_ids, trial.kwargs(policy.module, policy.attention)
     rows = torch.arange(1, len(token_ids) - 1, 2, device=token_ids.device)
     targets, no_ids = token_ids[rows + 1], rows[:0]
     everything = torch.ones_like(rows, dtype=torch.bool)
@@ -116,28 +149,41 @@ def _check_routing(policy: PolicyModel, token_ids: Tensor, kwargs: dict) -> None
         )
 
 
-def _trial(module: PreTrainedModel) -> Trial:
+def _trial(module: PreTrainedModel, *, shared: bool = False) -> Trial:
+    """The check's sequences end to end; `shared` adds those of `PARTS`, in front of them the prompts."""
     device = next(module.parameters()).device
-    lengths = torch.tensor(LENGTHS)
     vocab_size = module.config.get_text_config().vocab_size
-    token_ids = torch.randint(vocab_size, (int(lengths.sum()),), generator=torch.Generator().manual_seed(0))
+    token_ids = torch.randint(vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
     position_ids = torch.cat([torch.arange(length) for length in LENGTHS])
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
-    return token_ids.to(device), position_ids.to(device), cu_seqlens.to(device)
+    begins = torch.tensor([0, *LENGTHS]).cumsum(0)
+    pieces = [(i, 0, length, -1) for i, length in enumerate(LENGTHS)]
+    parents = None
+    if shared:
+        pieces += [(i, start, stop, -1 if parent < 0 else parent + len(LENGTHS)) for i, start, stop, parent in PARTS]
+        parents = torch.tensor([parent for *_, parent in pieces], dtype=torch.int32).to(device)
+    origin = torch.cat([torch.arange(int(begins[i]) + start, int(begins[i]) + stop) for i, start, stop, _ in pieces])
+    cu_seqlens = torch.tensor([0, *(stop - start for _, start, stop, _ in pieces)]).cumsum(0).to(torch.int32)
+    row = (token_ids[origin].to(device), position_ids[origin].to(device), cu_seqlens.to(device))
+    num_checked = sum(stop - start for _, start, stop, parent in pieces if parent >= 0 or not shared)
+    return Trial(*row, parents, origin.to(device), num_checked)
 
 
 @torch.no_grad()
 def _separate_logits(module: PreTrainedModel) -> Tensor:
     """The logits [T, V] of the check's sequences run one at a time, in the model's present attention."""
-    token_ids, _, _ = _trial(module)
+    token_ids = _trial(module).token_ids
     logits = [module(input_ids=part[None], use_cache=False).logits[0] for part in token_ids.split(LENGTHS)]
     return torch.cat(logits)
 
 
 @torch.no_grad()
-def _packing_error(module: PreTrainedModel, mode: AttentionMode, reference: Tensor) -> float:
+def _packing_error(module: PreTrainedModel, mode: AttentionMode, reference: Tensor, *, shared: bool) -> float:
     """Mean |packed - separate| over mean |separate| of all logits."""
-    token_ids, position_ids, cu_seqlens = _trial(module)
-    kwargs = attention_kwargs(module, mode, position_ids, cu_seqlens, max(LENGTHS))
-    logits = module(input_ids=token_ids[None], **kwargs).logits[0]
-    return float((logits - reference).abs().mean() / reference.abs().mean())
+    trial = _trial(module, shared=shared)
+    logits = module(input_ids=trial.token_ids[None], **trial.kwargs(module, mode)).logits[0]
+    return _relative_error(logits, reference, trial)
+
+
+def _relative_error(logits: Tensor, reference: Tensor, trial: Trial) -> float:
+    got, want = logits[-trial.num_checked :], reference[trial.origin[-trial.num_checked :]]
+    return float((got - want).abs().mean() / want.abs().mean())

@@ -16,9 +16,9 @@ from rollout.types import Replay
 _OBJECTIVE = Objective(beta=0.0, delta=None, eps_low=0.2, eps_high=0.2, temperature=1.0)
 
 
-def supervised_sample(index: int, prompt: np.ndarray, completion: np.ndarray) -> TrainSample:
+def supervised_sample(group_index: int, prompt: np.ndarray, completion: np.ndarray) -> TrainSample:
     """A completion to imitate: int32 [P] and [T] token ids; the whole vocabulary is its support, the model routes by
-    itself."""
+    itself. Samples of a group have the same prompt."""
     token_ids = np.concatenate([prompt, completion]).astype(np.int32)
     loss_mask = np.arange(len(token_ids)) >= len(prompt)
     segment = Segment(
@@ -27,8 +27,9 @@ def supervised_sample(index: int, prompt: np.ndarray, completion: np.ndarray) ->
         behavior_logprobs=np.zeros(len(token_ids), np.float32),
         policy_versions=np.where(loss_mask, 0, -1).astype(np.int32),
         replay=Replay(kept=None, routed_experts=None),
+        num_shareable=max(0, len(prompt) - 1),
     )
-    return TrainSample(index, 0, "sft", 0.0, _OBJECTIVE, (segment,))
+    return TrainSample(group_index, 0, "sft", 0.0, _OBJECTIVE, (segment,))
 
 
 def fine_tune(learner: Learner, batches: Iterable[Sequence[tuple[np.ndarray, np.ndarray]]]) -> list[float]:
@@ -36,9 +37,12 @@ def fine_tune(learner: Learner, batches: Iterable[Sequence[tuple[np.ndarray, np.
     nats."""
     losses = []
     for pairs in batches:
-        samples = [supervised_sample(i, prompt, completion) for i, (prompt, completion) in enumerate(pairs)]
-        max_tokens = learner.spec.config.max_tokens_per_microbatch
-        (update,) = plan_updates(samples, max_tokens=max_tokens, aggregation="token")
-        result = learner.train([[pack(microbatch) for microbatch in update.ranks[0]]], sft_loss)
+        groups: dict[bytes, int] = {}
+        numbers = [groups.setdefault(prompt.tobytes(), len(groups)) for prompt, _ in pairs]
+        samples = [supervised_sample(i, *pair) for i, pair in zip(numbers, pairs, strict=True)]
+        max_tokens, share = learner.spec.config.max_tokens_per_microbatch, learner.shares_prompts
+        (update,) = plan_updates(samples, max_tokens=max_tokens, aggregation="token", share_prompts=share)
+        packed = [pack(microbatch, share_prompts=share) for microbatch in update.ranks[0]]
+        result = learner.train([packed], sft_loss)
         losses.append(result.losses[0])
     return losses

@@ -90,6 +90,7 @@ def learner_metrics(results: Sequence[StepResult]) -> dict[str, float]:
         "mismatch/route_agreement": stats.mean("route_agreement"),
         "rollout/kept_mean": stats.mean("kept_size"),
         "learner/tokens_per_s": sum(r.num_tokens for r in results) / max(r.time_s for r in results),
+        "learner/shared_tokens": _share_not_computed(results),
         "learner/peak_memory_gib": max(r.peak_memory_bytes for r in results) / 2**30,
     }
     metrics |= {key: stats.mean(name) for name, key in _LEARNER_MEANS.items()}
@@ -98,6 +99,11 @@ def learner_metrics(results: Sequence[StepResult]) -> dict[str, float]:
         if base in _LEARNER_MEANS and domain:
             metrics[f"{_LEARNER_MEANS[base]}/{domain}"] = moments.mean
     return metrics
+
+
+def _share_not_computed(results: Sequence[StepResult]) -> float:
+    computed, in_all = sum(r.num_tokens for r in results), sum(r.num_sample_tokens for r in results)
+    return 1 - computed / in_all if in_all else math.nan
 
 
 def fresh_mismatch(metrics: Mapping[str, float], sync: SyncResult, *, is_probe_alike: bool) -> dict[str, float]:

@@ -90,7 +90,7 @@ class Trainer:
         self.step = 0
         self.stop = asyncio.Event()
         self.drawing_since: float | None = None
-        """When drawing the next step's groups began, on `time.perf_counter`; None before."""
+        """When the engines began to draw the next step's groups, on `time.perf_counter`; None before."""
 
     async def run(self, *, resume: bool) -> None:
         """Brings the cluster up, trains, and takes it down whatever happens."""
@@ -121,11 +121,12 @@ class Trainer:
                 num_ranks=self.config.learner.ranks,
                 max_tokens=self.config.learner.max_tokens_per_microbatch,
                 aggregation=grpo.loss_aggregation,
+                share_prompts=self.cluster.shares_prompts,
             )
             results = await self.cluster.train(updates, self._dump_dir())
             trained = time.perf_counter()
             self.step += 1
-            sync = await self.cluster.sync_weights(self._draw_next)
+            sync = await self._sync()
             metrics = {**rollout_metrics(groups, batch), **learner_metrics(results)}
             metrics |= fresh_mismatch(metrics, sync, is_probe_alike=self._probes_like_training())
             metrics |= self._times(groups, since, started, taken, trained, sync) | await self._evaluate_if_due()
@@ -145,7 +146,7 @@ class Trainer:
             max_off_policy_steps=self.config.grpo.max_off_policy_steps,
             state=state.pipeline,
         )
-        sync = await self.cluster.sync_weights(self._draw_next)
+        sync = await self._sync()
         self.metrics = MetricsLog(self.run_dir, tensorboard=self.config.run.tensorboard)
         self.samples = SampleLog(self.run_dir, samples_per_step=self.config.debug.samples_per_step)
         self.progress.start(self.config.run.steps, done=self.step)
@@ -182,11 +183,14 @@ class Trainer:
             index, self.stream.task(index), num_samples=self.config.grpo.group_size, seed=self.config.run.seed
         )
 
-    def _draw_next(self) -> None:
-        """Begins to draw the next step's groups beside the probe: nothing is trained on them before it has passed."""
-        if self.step < self.config.run.steps and not self._is_evaluation_due:
-            self.pipeline.start(self.config.grpo.prompts_per_step)
-            self.drawing_since = time.perf_counter()
+    async def _sync(self) -> SyncResult:
+        """Sends the weights; the next step's groups are drawn beside the probe, and nothing is trained on them before
+        it has passed."""
+        if self.step >= self.config.run.steps or self._is_evaluation_due:
+            return await self.cluster.sync_weights()
+        sync = await self.cluster.sync_weights(lambda: self.pipeline.start(self.config.grpo.prompts_per_step))
+        self.drawing_since = sync.resumed_at
+        return sync
 
     async def _next_groups(self) -> Sequence[DrawnGroup]:
         """The step's groups; with `refill_zero_signal`, more of them until enough carry a signal."""

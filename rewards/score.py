@@ -19,7 +19,7 @@ import numpy as np
 from rewards.load import LoadedReward, RewardSpec
 from rewards.outcome import Outcome
 from rewards.types import Answer, ScoredGroup
-from rollout.types import Completion, Group, Task
+from rollout.types import Group, Task
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +42,14 @@ class Scorer:
         self,
         rewards_by_domain: Callable[[str], tuple[LoadedReward, ...]],
         *,
-        decode: Callable[[np.ndarray], str],
+        decode: Callable[[Sequence[np.ndarray]], Sequence[str]],
         runner: RewardRunner,
     ) -> None:
         """
         Args:
             rewards_by_domain: the rewards of a task's domain.
-            decode: int32 [T] token ids -> text, special tokens left out.
+            decode: completions of int32 [T] token ids -> their texts, special tokens left out; called in a thread
+                of its own, for several groups at a time.
         """
         self._rewards_by_domain = rewards_by_domain
         self._decode = decode
@@ -58,15 +59,19 @@ class Scorer:
     async def score(self, group: Group) -> ScoredGroup:
         """Scores the G completions of a group, all functions at once."""
         specs = [reward.spec for reward in self._rewards_by_domain(group.task.domain)]
-        answers = tuple(self._answer(group.task, completion) for completion in group.completions)
+        answers = await self._answers(group)
         columns = await asyncio.gather(*(self._runner.run_reward(spec, group.task, answers) for spec in specs))
         failures = self._count_failures(specs, columns, group.task)
         totals = total_rewards(specs, columns)
         return ScoredGroup(group, answers, totals, np.isfinite(totals), breakdown(specs, columns), failures)
 
-    def _answer(self, task: Task, completion: Completion) -> Answer:
-        text = self._decode(completion.token_ids)
-        return make_answer(task, text, completion.num_tokens, completion.finish_reason)
+    async def _answers(self, group: Group) -> tuple[Answer, ...]:
+        completions = group.completions
+        texts = await asyncio.to_thread(self._decode, [completion.token_ids for completion in completions])
+        return tuple(
+            make_answer(group.task, text, completion.num_tokens, completion.finish_reason)
+            for text, completion in zip(texts, completions, strict=True)
+        )
 
     def _count_failures(
         self, specs: Sequence[RewardSpec], columns: Sequence[Sequence[Outcome]], task: Task

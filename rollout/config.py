@@ -51,7 +51,7 @@ class RolloutConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     tensor_parallel_size: int = Field(default=1, ge=1)
     """GPUs per engine."""
     max_concurrent_sequences: int = Field(default=256, ge=1)
-    """Sequences decoded together in one engine (vLLM `max_num_seqs`)."""
+    """Sequences decoded together in one engine (vLLM `max_num_active_seqs`); a probe's come on top."""
     max_batched_tokens: int = Field(default=8192, ge=1)
     """Tokens per engine step; longer prompts are prefilled in chunks (vLLM `max_num_batched_tokens`)."""
     kv_cache_gib: float | None = Field(default=None, gt=0)

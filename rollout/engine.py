@@ -25,7 +25,7 @@ from rollout.vllm_plugin.record import (
     EngineStats,
     FinishedSequence,
     check_request,
-    make_request,
+    make_requests,
     read_completion,
     truncates,
 )
@@ -86,6 +86,8 @@ class Engine:
         self._can_sleep = config.sleep_while_training
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._sequences: dict[str, _Sequence] = {}
+        self._doomed: list[str] = []
+        """Sequences to be aborted after this step: nobody waits for them any more."""
         self._ids = itertools.count()
         self._stats = EngineStats()
         """But for the steps, which are counted more often than read."""
@@ -213,6 +215,7 @@ class Engine:
             model = self._llm.vllm_config.model_config
             self._vocab_size = model.get_vocab_size()
             self._has_routes = self._has_routes and model.is_moe
+            self._core.scheduler.on_finished = self._hand_out
         except BaseException as error:
             self._death = ("vLLM could not be started", error)
             built.set_exception(_error(self._death))
@@ -243,42 +246,37 @@ class Engine:
     def _step(self) -> None:
         self._llm.step()
         self._num_steps += 1
-        self._take_finished()
+        self._abort_doomed()
 
     def _submit(self, call: _Call) -> None:
         if self._refusal is not None:
             raise _error(self._refusal)
         if call.future.cancelled():
             return
+        sequence_ids = [str(next(self._ids)) for _ in call.request.seeds]
         try:
-            for place in range(len(call.request.seeds)):
-                self._add_sequence(call, place)
+            requests = make_requests(self._core, sequence_ids, call.request, self._vocab_size)
+            for place, (sequence_id, request) in enumerate(zip(sequence_ids, requests, strict=True)):
+                self._core.add_request(request)
+                self._sequences[sequence_id] = _Sequence(call, place)
+                call.sequence_ids.append(sequence_id)
         except BaseException:
             self._drop(call)
             raise
 
-    def _add_sequence(self, call: _Call, place: int) -> None:
-        sequence_id = str(next(self._ids))
-        seed = call.request.seeds[place]
-        self._core.add_request(make_request(self._core, sequence_id, call.request, seed, self._vocab_size))
-        self._sequences[sequence_id] = _Sequence(call, place)
-        call.sequence_ids.append(sequence_id)
-
-    def _take_finished(self) -> None:
-        """Hands out what has ended inside vLLM."""
-        for finished in self._core.scheduler.take_finished():
-            sequence = self._sequences.pop(finished.request_id, None)
-            if sequence is not None:  # else its call was dropped
-                self._finish_sequence(sequence, finished)
-
-    def _finish_sequence(self, sequence: _Sequence, finished: FinishedSequence) -> None:
+    def _hand_out(self, finished: FinishedSequence) -> None:
+        """Takes a sequence that ends inside vLLM, in the middle of a step: many may end in one, and what is done with
+        the first need not wait for the last."""
+        sequence = self._sequences.pop(finished.request_id, None)
+        if sequence is None:  # its call was dropped
+            return
         call = sequence.call
         call.sequence_ids.remove(finished.request_id)
         self._stats = self._stats.with_finished(finished)
         try:
             call.completions[sequence.place] = self._read(finished, sequence)
         except EngineError as error:
-            self._drop(call)
+            self._doomed += self._let_go(call)
             _reject(call.future, error)
             return
         if not call.sequence_ids:
@@ -296,14 +294,23 @@ class Engine:
 
     def _drop(self, call: _Call) -> None:
         """Aborts what is left of a call inside vLLM."""
-        for sequence_id in call.sequence_ids:
+        self._core.abort_requests(self._let_go(call))
+
+    def _let_go(self, call: _Call) -> list[str]:
+        """Forgets what is left of a call; returns the sequences that vLLM still has of it."""
+        sequence_ids, call.sequence_ids = call.sequence_ids, []
+        for sequence_id in sequence_ids:
             self._sequences.pop(sequence_id, None)
-        self._core.abort_requests(call.sequence_ids)
-        call.sequence_ids = []
+        return sequence_ids
+
+    def _abort_doomed(self) -> None:
+        if self._doomed:
+            doomed, self._doomed = self._doomed, []
+            self._core.abort_requests(doomed)
 
     def _abort_all(self) -> None:
         self._core.abort_requests(list(self._sequences))
-        self._take_finished()
+        self._abort_doomed()
 
     def _sleep(self) -> None:
         if not self._can_sleep:

@@ -26,7 +26,7 @@ class TaskTokenizer:
         Raises:
             TokenizerError: the model has no tokenizer that can be loaded.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         self._model_path = str(model_path)
         self._system_prompt = system_prompt
@@ -37,6 +37,11 @@ class TaskTokenizer:
                 f"model.path: {self._model_path!r} has no tokenizer that can be loaded ({error}): save one beside the "
                 "weights"
             ) from error
+        self._decodes_in_rust = (
+            isinstance(self._tokenizer, PreTrainedTokenizerFast)
+            and type(self._tokenizer)._decode is PreTrainedTokenizerFast._decode
+            and not self._tokenizer.clean_up_tokenization_spaces
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -77,9 +82,12 @@ class TaskTokenizer:
         )
         return encoded["input_ids"]
 
-    def decode(self, token_ids: np.ndarray) -> str:
-        """The text of int32 [T] token ids, special tokens left out."""
-        return self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=True)
+    def decode(self, completions: Sequence[np.ndarray]) -> list[str]:
+        """The texts of int32 [T] token ids each, special tokens left out. May be called from any thread."""
+        rows = [token_ids.tolist() for token_ids in completions]
+        if self._decodes_in_rust:  # by one call, which lets other threads run meanwhile
+            return self._tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=True)
+        return [self._tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     def stop_token_ids(self, stop: Sequence[str] = ()) -> tuple[int, ...]:
         """The ids that end a completion: every end-of-sequence id of the model and its tokenizer, then each stop

@@ -112,6 +112,9 @@ class Completion:
     record_error: str = ""
     """Why this record must not be trained on; empty for a sound one. Judged beside the record, before it is handed
     over."""
+    common_routes: int = 0
+    """Leading prompt positions at which the record names the same experts as that of the request's first completion;
+    counted beside the record, all where no routes are recorded."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.behavior_logprobs), len(self.policy_versions)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from grpo.advantage import Objective, Segment, TrainSample
@@ -64,4 +67,29 @@ def make_samples(
                 routes=routes,
             )
             samples.append(TrainSample(group, index, "default", float(advantage), objective, (segment,)))
+    return samples
+
+
+def make_group(
+    rng: np.random.Generator,
+    index: int,
+    *,
+    num_prompt: int,
+    num_sampled: Sequence[int],
+    vocab: int = 98,
+    routes: tuple[int, int, int] | None = None,
+) -> list[TrainSample]:
+    """Samples of one prompt, whose recorded routes are the same over it; the planner may count on all of them."""
+    samples = []
+    for number, length in enumerate(num_sampled):
+        segment = make_segment(rng, num_prompt=num_prompt, num_sampled=length, vocab=vocab, routes=routes)
+        if number:
+            first = samples[0].segments[0]
+            segment.token_ids[:num_prompt] = first.token_ids[:num_prompt]
+            ours, theirs = segment.replay.routed_experts, first.replay.routed_experts
+            if ours is not None and theirs is not None:
+                ours[:num_prompt] = theirs[:num_prompt]
+        segment = replace(segment, num_shareable=num_prompt - 1)
+        advantage = float(rng.normal())
+        samples.append(TrainSample(index, number, "default", advantage, OBJECTIVE, (segment,)))
     return samples

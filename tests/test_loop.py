@@ -72,18 +72,23 @@ def test_a_corrupted_sync_is_caught_by_the_probe_and_stops_the_run(ray_address, 
 
 
 class PatientWorker(RolloutWorker):
-    """Holds the first probe's samples back until a group is asked for."""
+    """Ends no update before all groups of the next of two steps have been asked for, and holds the first probe's
+    samples back until a group has been drawn."""
 
-    num_updates = num_probes = 0
+    num_updates = num_probes = num_groups = 0
 
     async def finish_weight_update(self, policy_version: int) -> None:
         self.group_came = asyncio.Event() if self.num_updates == 0 else self.group_came
         self.num_updates += 1
+        async with asyncio.timeout(20):
+            while self.num_groups < 6 * min(self.num_updates, 2):
+                await asyncio.sleep(0.01)
         await super().finish_weight_update(policy_version)
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
         is_probe = len(request.seeds) != 4
         self.num_probes += is_probe
+        self.num_groups += not is_probe
         completions = await super().generate(request)
         if not is_probe:
             assert self.num_probes >= 4, "the probe's requests come first"
@@ -93,7 +98,7 @@ class PatientWorker(RolloutWorker):
         return completions
 
 
-def test_the_next_groups_are_drawn_beside_the_probe(ray_address, toy_model, tmp_path):
+def test_the_next_groups_are_asked_for_during_the_sync_and_drawn_beside_the_probe(ray_address, toy_model, tmp_path):
     run_file = write_run(tmp_path, toy_model, cluster={"address": ray_address}, run={"steps": 2})
     config = load_config(run_file)
     train(config, run_file=run_file, worker_class=PatientWorker)

@@ -53,12 +53,16 @@ def draw(model: Path, dtype: str) -> list[tuple[GenerateRequest, Completion]]:
     return [(request, c) for request, group in zip(requests, groups, strict=True) for c in group]
 
 
-def differences(learner: Learner, drawn: list[tuple[GenerateRequest, Completion]], change: Change) -> np.ndarray:
+def differences(
+    learner: Learner, drawn: list[tuple[GenerateRequest, Completion]], change: Change, *, share_prompts: bool = False
+) -> np.ndarray:
     """|log pi_learner - log pi_engine| of every token, with each record changed first."""
     objective = replace(OBJECTIVE, temperature=TEMPERATURE)
     segments = [change(completion_segment(request.prompt_token_ids, completion)) for request, completion in drawn]
-    samples = tuple(TrainSample(i, 0, "", 0.0, objective, (segment,)) for i, segment in enumerate(segments))
-    scores = learner.score([pack(MicroBatch(samples, (1.0,) * len(samples)))])
+    samples = tuple(TrainSample(i // 2, 0, "", 0.0, objective, (segment,)) for i, segment in enumerate(segments))
+    batch = pack(MicroBatch(samples, (1.0,) * len(samples)), share_prompts=share_prompts)
+    assert not share_prompts or batch.num_saved > 0, "the engine routed every prompt anew"
+    scores = learner.score([batch])
     return np.abs(scores - np.concatenate([completion.behavior_logprobs for _, completion in drawn]))
 
 
@@ -82,13 +86,16 @@ def measured(request, tmp_path_factory) -> tuple[str, dict[str, np.ndarray]]:
     config = LearnerConfig(dtype="float32", gradient_checkpointing=False)
     learner = Learner(LearnerSpec(str(model), config, True, False, request.param, total_updates=1))
     changes = {"replayed": as_recorded, "no mask": without_kept, "no routes": without_routes}
-    return request.param, {name: differences(learner, drawn, change) for name, change in changes.items()}
+    found = {name: differences(learner, drawn, change) for name, change in changes.items()}
+    return request.param, found | {"shared": differences(learner, drawn, as_recorded, share_prompts=True)}
 
 
 def test_with_both_replayed_the_learner_agrees_with_the_engine(measured):
     dtype, found = measured
     tolerance = {"float32": 2e-5, "bfloat16": 0.25}[dtype]
     assert len(found["replayed"]) > 1000 and found["replayed"].max() < tolerance
+    assert found["shared"].max() < tolerance
+    np.testing.assert_allclose(found["shared"], found["replayed"], rtol=0, atol=1e-5)
 
 
 def test_without_the_sampling_mask_every_truncated_token_is_off(measured):

@@ -1,6 +1,7 @@
 """Everything Ray. `Cluster` is the driver's view of the run's actors; the loop never sees an actor or a reference.
 
 - `actors`: the plain classes behind Ray, records kept apart from completions
+- `parcels`: what is sent, in few arrays
 - `placement`: resources, all or nothing
 - `workers`: the rollout pool, replacement of dead workers
 - `rewards`: the reward pool
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -20,8 +22,9 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
-from grpo.batch import Update
-from grpo.cluster.actors import LearnerActor
+from grpo.batch import MicroBatch, Update
+from grpo.cluster.actors import LearnerActor, keep_for_good
+from grpo.cluster.parcels import MicroBatchParcel
 from grpo.cluster.placement import claim_resources, start_ray
 from grpo.cluster.rewards import RemoteRewardWorker
 from grpo.cluster.waits import ClusterError, wait_for
@@ -50,6 +53,8 @@ class SyncResult:
     """Size of the weights that each engine received."""
     sync_s: float
     probe_s: float
+    resumed_at: float
+    """When the engines went on, on `time.perf_counter`."""
 
 
 class Cluster:
@@ -104,7 +109,10 @@ class Cluster:
         address = await self._wait_rank(0, self._ranks[0].free_address.remote(), "answer", "start_timeout_s")
         builds = [rank.build.remote(self._spec, i, world, address) for i, rank in enumerate(self._ranks)]
         await asyncio.gather(*self._starts(builds, "take up the model"))
-        self._weight_bytes = await self._wait_rank(0, self._ranks[0].weight_bytes.remote(), "answer", "start_timeout_s")
+        first = self._ranks[0]
+        self._weight_bytes = await self._wait_rank(0, first.weight_bytes.remote(), "answer", "start_timeout_s")
+        self.shares_prompts: bool = await self._wait_rank(0, first.shares_prompts.remote(), "answer", "start_timeout_s")
+        keep_for_good()
 
     def shutdown(self) -> None:
         """Ends every actor and leaves Ray."""
@@ -117,6 +125,7 @@ class Cluster:
         if hasattr(self, "_placement"):
             self._placement.release()
         ray.shutdown()
+        gc.unfreeze()
 
     async def generate(self, request: GenerateRequest, what: str) -> tuple[Completion, ...]:
         """Draws a request on some worker; `what` names it in errors."""
@@ -147,20 +156,21 @@ class Cluster:
         """One training step on all ranks; results in rank order. Engines that sleep meanwhile wake in the next sync."""
         if self._config.rollout.sleep_while_training:
             await self.pool.on_each(self.pool.ready_slots, lambda actor: actor.sleep.remote(), "fall asleep")
-        parts = [[update.ranks[i] for update in updates] for i in range(len(self._ranks))]
+        parts = [[[MicroBatchParcel.of(m) for m in u.ranks[i]] for u in updates] for i in range(len(self._ranks))]
         calls = [rank.train.remote(part, dump_to) for rank, part in zip(self._ranks, parts, strict=True)]
         return await self._wait_ranks(calls, "train on the step's batch")
 
-    async def sync_weights(self, on_resume: Callable[[], None] = lambda: None) -> SyncResult:
+    async def sync_weights(self, while_held: Callable[[], None] = lambda: None) -> SyncResult:
         """Streams the learner's weights into every worker, then probes each.
 
-        `on_resume` is called when the engines go on: what it asks them for is drawn beside the probe.
+        `while_held` is called when the engines stand still: what it asks them for waits there for the new weights, so
+        that it starts at once and together when they go on, beside the probe.
 
         Raises:
             ParityError: an engine does not answer as the learner does.
         """
         async with self._sync_lock:
-            return await self._sync(self.pool.ready_slots, on_resume)
+            return await self._sync(self.pool.ready_slots, while_held)
 
     async def save(self, folder: Path) -> None:
         """Every rank writes its share of the training state."""
@@ -178,7 +188,7 @@ class Cluster:
         async with self._sync_lock:
             await self._sync([slot], lambda: None)
 
-    async def _sync(self, slots: Sequence[Slot], on_resume: Callable[[], None]) -> SyncResult:
+    async def _sync(self, slots: Sequence[Slot], while_held: Callable[[], None]) -> SyncResult:
         started = time.perf_counter()
         pool = self.pool
         version = await self._wait_rank(0, self._ranks[0].policy_version.remote(), "answer", "train_timeout_s")
@@ -187,13 +197,13 @@ class Cluster:
             await self._wait_ranks(calls, "release memory")
         streams = self._start_weight_streams()  # the first bucket is packed while the engines come to rest
         alive = await pool.on_each(slots, lambda actor: actor.begin_weight_update.remote(), "pause for a weight sync")
+        while_held()
         async for bucket in self._weight_buckets(streams):
             alive = await pool.on_each(alive, lambda actor, b=bucket: actor.load_weights.remote(b), "load new weights")
         # Asked for while the engines are held, the probe's samples are the first that they draw when they go on.
         drawing = [[pool.generate_on(slot, r, "the parity probe") for r in self._probe.requests] for slot in alive]
         await pool.on_each(alive, lambda actor: actor.finish_weight_update.remote(version), "finish a weight sync")
         synced = time.perf_counter()
-        on_resume()
         probes = (self._probe_slot(slot, version, calls) for slot, calls in zip(alive, drawing, strict=True))
         errors = await asyncio.gather(*probes)
         return SyncResult(
@@ -202,6 +212,7 @@ class Cluster:
             num_bytes=self._weight_bytes,
             sync_s=synced - started,
             probe_s=time.perf_counter() - synced,
+            resumed_at=synced,
         )
 
     def _start_weight_streams(self) -> list[Any]:
@@ -225,8 +236,9 @@ class Cluster:
         except RayActorError:
             self.pool.replace(slot)
             return 0.0
-        samples = self._probe.to_samples(drawn)
-        scores = await self._wait_ranks([rank.score.remote(samples) for rank in self._ranks], "score the parity probe")
+        samples = tuple(self._probe.to_samples(drawn))
+        parcel = MicroBatchParcel.of(MicroBatch(samples, (0.0,) * len(samples)))
+        scores = await self._wait_ranks([rank.score.remote(parcel) for rank in self._ranks], "score the parity probe")
         engine_logprobs = np.concatenate([c.behavior_logprobs for completions in drawn for c in completions])
         return self._probe.check(slot.name, version, engine_logprobs, scores[0])
 

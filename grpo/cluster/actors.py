@@ -2,7 +2,7 @@
 
 Records never pass through the driver: a rollout actor returns light completions and, as a second object, their `Replay`
 records; the driver passes the reference on and the learner rank that trains on them fetches it. Both objects belong to
-the driver, so they outlive the worker that made them.
+the driver, so they outlive the worker that made them. What is sent is put into parcels (`parcels.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import gc
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,16 @@ import numpy as np
 import ray
 import torch
 
-from grpo.advantage import Segment, TrainSample
-from grpo.batch import MicroBatch, pack
+from grpo.batch import TrainBatch, pack
+from grpo.cluster.parcels import CompletionParcel, MicroBatchParcel, RecordParcel, ReplayRef
 from grpo.learner import Learner, LearnerSpec, LoadedModels, StepResult, load_models
 from grpo.replay import dump_step
-from rollout.types import Completion, GenerateRequest, Replay
+from rollout.types import GenerateRequest, Replay
 from rollout.weight_sync import WeightBucket
 from rollout.worker import RolloutWorker
 
 _BUCKET_BYTES = 256 << 20
 """Weights in flight at a time: the sync needs a few of these in host memory, whatever the model's size."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayRef:
-    """A handle to one `Replay` inside a request's record object."""
-
-    ref: Any  # ray.ObjectRef of tuple[Replay, ...]
-    index: int
 
 
 class RolloutActor:
@@ -45,17 +36,16 @@ class RolloutActor:
     def __init__(self, worker_class: type[RolloutWorker], kwargs: dict[str, Any]) -> None:
         gc.freeze()  # the modules; starting vLLM would have them searched for garbage again and again
         self._worker = worker_class(**kwargs)
-        _keep_for_good()
+        keep_for_good()
 
     async def pid(self) -> int:
         return os.getpid()
 
     @ray.method(num_returns=2)
-    async def generate(self, request: GenerateRequest) -> tuple[tuple[Completion, ...], tuple[Replay, ...]]:
+    async def generate(self, request: GenerateRequest) -> tuple[CompletionParcel, RecordParcel]:
         completions = await self._worker.generate(request)
-        num_prompt = len(request.prompt_token_ids)
-        light = tuple(replace(c, replay=None, record_error=c.find_record_error(num_prompt)) for c in completions)
-        return light, tuple(c.replay for c in completions)
+        light = CompletionParcel.of(completions, len(request.prompt_token_ids))
+        return light, RecordParcel.of([completion.replay for completion in completions])
 
     async def sleep(self) -> None:
         await self._worker.sleep()
@@ -97,17 +87,16 @@ class LearnerActor:
             )
         self._learner = Learner(spec, rank=rank, world_size=world_size, loaded=self._loaded)
         del self._loaded
-        _keep_for_good()
+        keep_for_good()
 
-    def train(self, updates: Sequence[Sequence[MicroBatch]], dump_to: Path | None) -> StepResult:
-        batches = [[pack(microbatch) for microbatch in fetch_records(microbatches)] for microbatches in updates]
+    def train(self, updates: Sequence[Sequence[MicroBatchParcel]], dump_to: Path | None) -> StepResult:
+        batches = [PackedWhenAsked(parcels, self._learner.shares_prompts) for parcels in updates]
         if dump_to is None:
             return self._learner.train(batches)
-        return dump_step(self._learner, batches, dump_to)
+        return dump_step(self._learner, [list(update) for update in batches], dump_to)
 
-    def score(self, samples: Sequence[TrainSample]) -> np.ndarray:
-        (microbatch,) = fetch_records([MicroBatch(tuple(samples), (0.0,) * len(samples))])
-        return self._learner.score([pack(microbatch)])
+    def score(self, parcel: MicroBatchParcel) -> np.ndarray:
+        return self._learner.score(PackedWhenAsked([parcel], self._learner.shares_prompts))
 
     def release_cached_memory(self) -> None:
         """Gives what the last step's activations took back to the GPU, for an engine that wakes up on it."""
@@ -120,6 +109,9 @@ class LearnerActor:
 
     def policy_version(self) -> int:
         return self._learner.policy_version
+
+    def shares_prompts(self) -> bool:
+        return self._learner.shares_prompts
 
     def weight_buckets(self, on_device: bool) -> Iterator[WeightBucket]:
         yield from self._learner.weight_buckets(_BUCKET_BYTES, on_device=on_device)
@@ -134,24 +126,28 @@ class LearnerActor:
         self._learner.export(folder)
 
 
-def _keep_for_good() -> None:
+def keep_for_good() -> None:
     """Takes what is alive now, and will be to the end of the process, out of all later searches for garbage: each of
     them would hold up a step by some tenths of a second."""
     gc.collect()
     gc.freeze()
 
 
-def fetch_records(microbatches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """The same micro-batches with every replay handle replaced by its record; one fetch for all."""
-    segments = [segment for m in microbatches for sample in m.samples for segment in sample.segments]
-    handles: list[Any] = [segment.replay for segment in segments]
-    refs = list(dict.fromkeys(handle.ref for handle in handles))
-    records: dict[Any, tuple[Replay, ...]] = dict(zip(refs, ray.get(refs), strict=True))
+class PackedWhenAsked(Sequence[TrainBatch]):
+    """An update's micro-batches, their records fetched together; each is packed when it is asked for, so that the GPU
+    works on one while the next is packed."""
 
-    def fetched(sample: TrainSample) -> TrainSample:
-        return replace(sample, segments=tuple(with_record(segment, segment.replay) for segment in sample.segments))
+    def __init__(self, parcels: Sequence[MicroBatchParcel], share_prompts: bool) -> None:
+        self._parcels, self._share_prompts = parcels, share_prompts
+        refs = list(dict.fromkeys(ref for parcel in parcels for ref in parcel.record_refs))
+        parcels_of_records: list[RecordParcel] = ray.get(refs)
+        self._records = {ref: records.open() for ref, records in zip(refs, parcels_of_records, strict=True)}
 
-    def with_record(segment: Segment, handle: Any) -> Segment:
-        return replace(segment, replay=records[handle.ref][handle.index])
+    def __len__(self) -> int:
+        return len(self._parcels)
 
-    return [MicroBatch(tuple(fetched(sample) for sample in m.samples), m.token_weights) for m in microbatches]
+    def __getitem__(self, index: int) -> TrainBatch:
+        return pack(self._parcels[index].open(self._find_record), share_prompts=self._share_prompts)
+
+    def _find_record(self, handle: ReplayRef) -> Replay:
+        return self._records[handle.ref][handle.index]

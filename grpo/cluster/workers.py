@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 
-from grpo.cluster.actors import ReplayRef, RolloutActor
+from grpo.cluster.actors import RolloutActor
 from grpo.cluster.placement import Placement
 from grpo.cluster.waits import ClusterError, wait_for
 from grpo.config import ClusterConfig
@@ -99,7 +99,7 @@ class RolloutPool:
     async def _answer(self, worker: str, light_ref: Any, record_ref: Any, what: str) -> tuple[Completion, ...]:
         limit = self._limits.generate_timeout_s
         light = await wait_for(light_ref, limit, worker, f"generate {what}", "generate_timeout_s")
-        return tuple(replace(c, replay=ReplayRef(record_ref, i)) for i, c in enumerate(light))
+        return light.open(record_ref)
 
     async def on_each(self, slots: Sequence[Slot], call: Callable[[Any], Awaitable[Any]], what: str) -> list[Slot]:
         """Makes one call on each worker and returns those that lived through it; the others are being replaced."""

@@ -5,6 +5,10 @@ variable-length flash kernel (`grpo.layers.flash`, or torch's own for what that 
 similar length are laid into one padded batch per bucket and attended causally. Right padding needs no mask there:
 causality hides it from every real token.
 
+A sequence may go on from another one, its parent, as samples do from a prompt that is computed once for all of them: it
+then attends to all of the parent, which has none itself, and causally to itself. Only attention that Keel's kernel can
+do knows parents, on every device: what start-up finds out on a CPU then holds on a GPU.
+
 Models whose attention needs more than q, k, v (attention sinks, lightning indexers) take one of the masked modes,
 which hold a T x T mask: `choose_attention` in grpo/model_check.py tries the modes in order and keeps the first that
 is right.
@@ -15,8 +19,8 @@ Shapes: T = packed tokens, S = sequences, H = heads, G = key/value heads, D = he
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -25,80 +29,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, create_causal_mask, create_sliding_window_causal_mask
 
+from grpo.layers.layout import Bucket, PackedLayout, Padding
+
 AttentionMode = Literal["packed", "sdpa", "eager", "eager_masks"]
 MODES: tuple[AttentionMode, ...] = ("packed", "sdpa", "eager", "eager_masks")
 
 FLASH_WIDTHS = (16, 32, 64, 128)
 """Head widths that Keel's own kernels attend over; others, and sliding windows, go to torch's."""
-BUCKET_FILL = 0.75
-"""A sequence shares a bucket with a longer one if it fills at least this share of it..."""
-BUCKET_SLACK = 8
-"""...or is at most this many tokens shorter."""
 
 
 class UnsupportedAttentionError(ValueError):
     """A model whose attention asks for something that the packed kernel does not do."""
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Sequences attended in one call: slots `start : start + num * length` of the padded layout."""
-
-    start: int
-    num: int
-    length: int
-
-
-@dataclass(frozen=True)
-class _Padding:
-    """Packed tokens <-> the buckets' padded slots (P in all)."""
-
-    buckets: tuple[_Bucket, ...]
-    token_of_slot: Tensor  # int64 [P]; a padding slot repeats its sequence's last token
-    slot_of_token: Tensor  # int64 [T]
-    padding_slots: Tensor  # int64 [P - T]
-
-
-class PackedLayout:
-    """Where the sequences of a packed row begin and end; travels to the attention function as a model keyword."""
-
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
-        self.cu_seqlens = cu_seqlens  # int32 [S + 1]
-        self.max_seqlen = max_seqlen
-
-    @cached_property
-    def padding(self) -> _Padding:
-        """The bucketed layout, made once per batch and used by every layer."""
-        device = self.cu_seqlens.device
-        starts, lengths = self.cu_seqlens[:-1].long().cpu(), self.cu_seqlens.diff().long().cpu()
-        order = lengths.argsort(descending=True, stable=True)
-        buckets, token_of_slot, is_real, begin, slot = [], [], [], 0, 0
-        for num in _bucket_sizes(lengths[order].tolist()):
-            chosen = order[begin : begin + num]
-            length = int(lengths[chosen[0]])
-            column, last = torch.arange(length), lengths[chosen, None] - 1
-            token_of_slot.append((starts[chosen, None] + torch.minimum(column, last)).flatten())
-            is_real.append((column <= last).flatten())
-            buckets.append(_Bucket(slot, num, length))
-            begin, slot = begin + num, slot + num * length
-        tokens, real = torch.cat(token_of_slot), torch.cat(is_real)
-        slot_of_token = torch.empty(int(lengths.sum()), dtype=torch.int64)
-        slot_of_token[tokens[real]] = real.nonzero()[:, 0]
-        padding_slots = (~real).nonzero()[:, 0]
-        return _Padding(tuple(buckets), tokens.to(device), slot_of_token.to(device), padding_slots.to(device))
-
-
-def _bucket_sizes(lengths: list[int]) -> list[int]:
-    """How many of the lengths (descending) share each bucket."""
-    sizes: list[int] = []
-    longest = 0
-    for length in lengths:
-        if sizes and (length >= BUCKET_FILL * longest or longest - length <= BUCKET_SLACK):
-            sizes[-1] += 1
-        else:
-            sizes.append(1)
-            longest = length
-    return sizes
 
 
 def packed_attention(
@@ -136,17 +77,23 @@ def attend(
     """Causal attention within each sequence: [T, H, D], key and value [T, G, D] with G a divisor of H, to [T, H, D].
 
     `scaling` of the scores, None = D ** -0.5; `sliding_window` = tokens seen, itself included, None = all before.
+
+    Raises:
+        UnsupportedAttentionError: some sequence has a parent, which this kind of attention does not know.
     """
+    width = query.shape[2]
+    is_known = width in FLASH_WIDTHS and value.shape == key.shape
+    if layout.parents is not None and (sliding_window or not is_known):
+        raise UnsupportedAttentionError("no sequence can go on from another one in this kind of attention")
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return _bucketed(query, key, value, layout, scaling, sliding_window)
-    width = query.shape[2]
     is_cut = sliding_window is not None and 0 < sliding_window < layout.max_seqlen
-    if is_cut or width not in FLASH_WIDTHS or value.shape != key.shape:
+    if is_cut or not is_known:
         return _varlen(query, key, value, layout, scaling, sliding_window)
     from grpo.layers.flash import flash_attention  # Triton comes with CUDA builds of torch only
 
     scale = width**-0.5 if scaling is None else scaling
-    return flash_attention(query, key, value, layout.cu_seqlens, layout.max_seqlen, scale)
+    return flash_attention(query, key, value, layout.cu_seqlens, layout.max_seqlen, scale, layout.tree)
 
 
 def _bucketed(
@@ -154,19 +101,44 @@ def _bucketed(
 ) -> Tensor:
     """[T, H, D] to [T, H, D], one causal sdpa per bucket."""
     padding, is_grouped = layout.padding, query.shape[1] != key.shape[1]
-    padded = [_Rearrange.apply(x, padding.token_of_slot, padding.slot_of_token, None) for x in (query, key, value)]
+    states = [_Rearrange.apply(x, padding.token_of_slot, padding.slot_of_token, None) for x in (query, key, value)]
+    queries, keys, values = (_in_buckets(x, padding.buckets) for x in states)
     outputs = []
-    for bucket in padding.buckets:
-        stop = bucket.start + bucket.num * bucket.length
-        q, k, v = (x[bucket.start : stop].unflatten(0, (bucket.num, bucket.length)).transpose(1, 2) for x in padded)
-        band = _band_mask(bucket.length, sliding_window, q.device)
-        is_causal = band is None and bucket.length > 1
+    for bucket, q, k, v in zip(
+        padding.buckets, queries, _after_parents(keys, padding), _after_parents(values, padding), strict=True
+    ):
+        mask = _mask(bucket, sliding_window, q.device)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        is_causal = mask is None and bucket.length > 1
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=band, is_causal=is_causal, scale=scaling, enable_gqa=is_grouped
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=is_grouped
         )
         outputs.append(attended.transpose(1, 2).flatten(0, 1))
     out: Any = _Rearrange.apply(torch.cat(outputs), padding.slot_of_token, padding.token_of_slot, padding.padding_slots)
     return out
+
+
+def _in_buckets(padded: Tensor, buckets: Sequence[Bucket]) -> list[Tensor]:
+    """[P, H, D] as one [num, length, H, D] per bucket."""
+    parts = padded.split([bucket.num * bucket.length for bucket in buckets])
+    return [part.unflatten(0, (bucket.num, bucket.length)) for part, bucket in zip(parts, buckets, strict=True)]
+
+
+def _after_parents(states: Sequence[Tensor], padding: Padding) -> Iterator[Tensor]:
+    """Keys or values of every bucket with those of the parent in front, [num, parent's + length, G, D].
+
+    Rows are unbound and expanded, not gathered: a parent's gradient is then a sum in a fixed order.
+    """
+    rows: dict[int, tuple[Tensor, ...]] = {}
+    for own, bucket in zip(states, padding.buckets, strict=True):
+        parent = bucket.parent
+        if parent is None:
+            yield own
+            continue
+        if parent.bucket not in rows:
+            rows[parent.bucket] = states[parent.bucket].unbind()
+        before = rows[parent.bucket][parent.row][: parent.length]
+        yield torch.cat([before.expand(bucket.num, *before.shape), own], 1)
 
 
 class _Rearrange(torch.autograd.Function):
@@ -188,8 +160,12 @@ class _Rearrange(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def _band_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """Causal mask limited to the window, bool [length, length]; None where plain causality says the same."""
+def _mask(bucket: Bucket, sliding_window: int | None, device: torch.device) -> Tensor | None:
+    """What a bucket's queries see, bool [length, parent's + length]; None where plain causality says the same."""
+    length = bucket.length
+    if bucket.parent is not None:
+        before = bucket.parent.length
+        return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
     if not sliding_window or length <= sliding_window:
         return None
     distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
@@ -248,15 +224,25 @@ def set_attention(module: PreTrainedModel, mode: AttentionMode) -> None:
 
 
 def attention_kwargs(
-    module: PreTrainedModel, mode: AttentionMode, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    module: PreTrainedModel,
+    mode: AttentionMode,
+    position_ids: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    parents: Tensor | None = None,
 ) -> dict[str, Any]:
     """What a forward over one packed row must be called with, besides `input_ids` [1, T].
 
     `use_cache` must be off and `attention_mask` absent: otherwise transformers silently lets sequences see each other.
+
+    Raises:
+        UnsupportedAttentionError: a sequence has a parent, and the mode is not `packed`.
     """
+    if parents is not None and mode != "packed":
+        raise UnsupportedAttentionError(f"no sequence can go on from another one in attention mode {mode}")
     kwargs: dict[str, Any] = {"position_ids": position_ids[None], "use_cache": False}
     if mode == "packed":
-        kwargs["packed_layout"] = PackedLayout(cu_seqlens, max_seqlen)
+        kwargs["packed_layout"] = PackedLayout(cu_seqlens, max_seqlen, parents)
     if mode == "eager_masks":
         kwargs["attention_mask"] = _block_masks(module, position_ids)
     return kwargs

@@ -16,7 +16,13 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from grpo.layers.flash_kernels import delta_kernel, forward_kernel, key_value_grad_kernel, query_grad_kernel
+from grpo.layers.flash_kernels import (
+    delta_kernel,
+    forward_kernel,
+    key_value_grad_kernel,
+    query_grad_kernel,
+    run_grad_kernel,
+)
 
 
 class Tile(NamedTuple):
@@ -38,7 +44,13 @@ divide those of `FORWARD`, which writes what it reads."""
 
 
 def flash_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    tree: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k) v, causal within each sequence.
 
@@ -47,19 +59,27 @@ def flash_attention(
         key, value: float [T, G, D]; query heads h * H / G to (h + 1) * H / G - 1 share key head h.
         cu_seqlens: int32 [S + 1], where sequences begin and end.
         max_seqlen: tokens of the longest one.
+        tree: `PackedLayout.tree`, if some sequences go on from another one.
 
     Returns:
         [T, H, D] in the type of the query.
     """
     return _Flash.apply(  # pyright: ignore[reportReturnType]
-        query.contiguous(), key.contiguous(), value.contiguous(), cu_seqlens, max_seqlen, scale
+        query.contiguous(), key.contiguous(), value.contiguous(), cu_seqlens, max_seqlen, scale, tree
     )
 
 
 class _Flash(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+    def forward(  # noqa: PLR0913  autograd takes no containers of tensors
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        tree: Tensor | None,
     ) -> Tensor:
         out = torch.empty_like(query)
         num_sequences = len(cu_seqlens) - 1
@@ -69,24 +89,25 @@ class _Flash(torch.autograd.Function):
         blocks = (_blocks(states, FORWARD.columns) for states in (key, value))
         with torch.cuda.device_of(query):
             forward_kernel[grid](
-                query, *blocks, out, lse, cu_seqlens, scale, stride, **_heads(query, key), **_options(FORWARD)
+                query, *blocks, out, lse, cu_seqlens, tree, scale, stride, **_heads(query, key), **_options(FORWARD)
             )
-        ctx.save_for_backward(query, key, value, out, lse, cu_seqlens)
+        ctx.save_for_backward(query, key, value, out, lse, cu_seqlens, tree)
         ctx.max_seqlen, ctx.scale = max_seqlen, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse, cu_seqlens = ctx.saved_tensors
+        query, key, value, out, lse, cu_seqlens, tree = ctx.saved_tensors
         delta, num_sequences = torch.empty_like(lse), len(cu_seqlens) - 1
-        given = _Given(query, key, value, grads[0].contiguous(), lse, delta, cu_seqlens, ctx.max_seqlen, ctx.scale)
+        grad = grads[0].contiguous()
+        given = _Given(query, key, value, grad, lse, delta, cu_seqlens, tree, ctx.max_seqlen, ctx.scale)
         with torch.cuda.device_of(query):
             delta_kernel[(triton.cdiv(ctx.max_seqlen, PAD), query.shape[1], num_sequences)](
                 out, given.grad, delta, cu_seqlens, lse.shape[1], H=query.shape[1], D=query.shape[2], PAD=PAD
             )
             key_grad, value_grad = _key_value_grad(given)
             query_grad = _query_grad(given)
-        return query_grad, key_grad, value_grad, None, None, None
+        return query_grad, key_grad, value_grad, None, None, None, None
 
 
 class _Given(NamedTuple):
@@ -99,12 +120,13 @@ class _Given(NamedTuple):
     lse: Tensor
     delta: Tensor
     cu_seqlens: Tensor
+    tree: Tensor | None
     max_seqlen: int
     scale: float
 
     @property
-    def rest(self) -> tuple[Tensor, float, int]:
-        return self.cu_seqlens, self.scale, self.lse.shape[1]
+    def rest(self) -> tuple[Tensor, Tensor | None, float, int]:
+        return self.cu_seqlens, self.tree, self.scale, self.lse.shape[1]
 
     @property
     def num_sequences(self) -> int:
@@ -115,10 +137,14 @@ def _key_value_grad(given: _Given) -> tuple[Tensor, Tensor]:
     query, key, value = given.query, given.key, given.value
     rows, columns, *_ = tile = KEY_VALUE_GRAD
     key_grad, value_grad = torch.empty_like(key), torch.empty_like(value)
-    key_value_grad_kernel[(triton.cdiv(given.max_seqlen, columns), key.shape[1], given.num_sequences)](
-        _blocks(query, rows), key, value, _blocks(given.grad, rows), given.lse, given.delta, key_grad, value_grad,
-        *given.rest, **_heads(query, key), **_options(tile),
-    )  # fmt: skip
+    grid = (triton.cdiv(given.max_seqlen, columns), key.shape[1], given.num_sequences)
+    read = (_blocks(query, rows), key, value, _blocks(given.grad, rows), given.lse, given.delta)
+    options = {**_heads(query, key), **_options(tile)}
+    parts: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    if given.tree is not None:
+        parts = torch.empty_like(key, dtype=torch.float32), torch.empty_like(value, dtype=torch.float32)
+        run_grad_kernel[grid](*read, *parts, *given.rest, **options)
+    key_value_grad_kernel[grid](*read, key_grad, value_grad, *parts, *given.rest, **options)
     return key_grad, value_grad
 
 

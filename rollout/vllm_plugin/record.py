@@ -5,6 +5,8 @@ A finished sequence becomes a `Completion`: shapes checked, nothing repaired.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,18 +93,28 @@ def check_request(request: GenerateRequest, *, max_model_len: int, vocab_size: i
         raise ValueError(f"temperature must be above 0, got {request.temperature}; greedy is top_k = 1")
 
 
-def make_request(core: Any, request_id: str, request: GenerateRequest, seed: int, vocab_size: int) -> Any:
-    """vLLM's `Request` for one seed, as its `EngineCore` would have it from a front end."""
+def make_requests(core: Any, request_ids: Sequence[str], request: GenerateRequest, vocab_size: int) -> list[Any]:
+    """vLLM's `Request`s, one per seed, as its `EngineCore` would have them from a front end."""
     from vllm.v1.request import Request
 
-    return Request(
-        request_id=request_id,
-        prompt_token_ids=request.prompt_token_ids.tolist(),
-        sampling_params=sampling_params(request, seed, vocab_size),
-        pooling_params=None,
-        block_hasher=core.request_block_hasher,
-        priority=-1 if request.goes_first else 0,
-    )
+    prompt, hasher = request.prompt_token_ids.tolist(), core.request_block_hasher
+    params = sampling_params(request, request.seeds[0], vocab_size)
+    made: list[Any] = []
+    for request_id, seed in zip(request_ids, request.seeds, strict=True):
+        params = copy(params)
+        params.seed = seed
+        one = Request(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            sampling_params=params,
+            pooling_params=None,
+            block_hasher=None if made else hasher,
+            priority=-1 if request.goes_first else 0,
+        )
+        if made:  # the blocks of a prompt are hashed once
+            one.block_hashes, one._block_hasher = made[0].block_hashes.copy(), hasher
+        made.append(one)
+    return made
 
 
 def sampling_params(request: GenerateRequest, seed: int, vocab_size: int) -> Any:

@@ -6,8 +6,8 @@ to an output processor. A rollout engine mostly decodes, and only finished seque
 - A step in which every running sequence decodes one token is scheduled by `_schedule_decode`; any other step by vLLM.
 - `update_from_output` appends tokens, finds the sequences that end, and adds the step's arrays to a log. While the
   sequences stay the same, both know them from the step before (`decoding.py`).
-- A sequence leaves by one door, `_free_request`; there its record is put together. `take_finished` hands it out, and
-  vLLM's output processor has nothing to do.
+- A sequence leaves by one door, `_free_request`; there its record is put together and handed out at once, and vLLM's
+  output processor has nothing to do.
 
 What is scheduled, drawn and cached is what vLLM's own scheduler would have it be (`tests/rollout/test_scheduler.py`).
 Fits vLLM 0.32 only; `rollout.vllm_plugin.check_version` guards it.
@@ -16,6 +16,7 @@ Fits vLLM 0.32 only; `rollout.vllm_plugin.check_version` guards it.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from math import gcd
 from typing import Any
 
@@ -53,6 +54,8 @@ class RecordingScheduler(AsyncScheduler):
         self._refuse_what_is_not_done()
         self.policy_version = 0
         """The weights in force; set between steps."""
+        self.on_finished: Callable[[FinishedSequence], None] = lambda sequence: None
+        """Called with every sequence as it ends, however it ends, in the middle of a step."""
         config = self.vllm_config
         self._log = StepLog(keeps_sets=self.return_sampling_mask)
         self._routes: SlotRoutes | None = None
@@ -67,13 +70,15 @@ class RecordingScheduler(AsyncScheduler):
         managers = self.kv_cache_manager.coordinator.single_type_managers
         self._drops_blocks = not all(isinstance(manager, FullAttentionManager) for manager in managers)
         """Whether blocks are given back while a sequence runs, as with a sliding window."""
+        self._num_ordinary = self.max_num_active_reqs
+        """Sequences that may run beside those that go first."""
+        self._going_first: set[str] = set()
         self._live: dict[str, Live] = {}
         self._step_batch = StepBatch([], [], [])
         self._decode_batch: DecodeBatch | None = None
         self._num_departures = 0
         """Sequences that have ended or been preempted."""
         self._keys = itertools.count()
-        self._finished: list[FinishedSequence] = []
         self._free_blocks_at_stall: int | None = None
 
     def _refuse_what_is_not_done(self) -> None:
@@ -104,16 +109,17 @@ class RecordingScheduler(AsyncScheduler):
         longest = self.max_model_len - request.num_prompt_tokens
         stops = frozenset(params.stop_token_ids or ())
         self._live[request.request_id] = Live(next(self._keys), stops, min(request.max_tokens, longest))
-
-    def take_finished(self) -> list[FinishedSequence]:
-        """The sequences that have ended since the last call, however they ended."""
-        finished, self._finished = self._finished, []
-        return finished
+        if request.priority < 0:
+            self._going_first.add(request.request_id)
+            self._count_slots()
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[Any, Any]:
         self._note_departure()
-        self._finished.append(self._collect(request))
+        self.on_finished(self._collect(request))
         return super()._free_request(request, delay_free_blocks)
+
+    def _count_slots(self) -> None:
+        self.max_num_active_reqs = min(self._num_ordinary + len(self._going_first), self.max_num_running_reqs)
 
     def _note_departure(self) -> None:
         self._num_departures += 1
@@ -122,6 +128,9 @@ class RecordingScheduler(AsyncScheduler):
     def _collect(self, request: Request) -> FinishedSequence:
         live = self._live.pop(request.request_id)
         live.ended = True
+        if request.priority < 0:
+            self._going_first.discard(request.request_id)
+            self._count_slots()
         log = self._log.take(live.key)
         stats = request.prefill_stats
         return FinishedSequence(
@@ -179,7 +188,7 @@ class RecordingScheduler(AsyncScheduler):
     # -- what a step brings -----------------------------------------------------------------------------------------
 
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> dict:
-        """Takes in one step. Returns no outputs: what has ended is handed out by `take_finished`."""
+        """Takes in one step. Returns no outputs: what has ended goes to `on_finished`."""
         output = model_runner_output
         record: Any = output.sampling_masks  # None if the step computed nothing
         self._write_routes(scheduler_output, record)

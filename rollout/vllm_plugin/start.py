@@ -9,6 +9,8 @@ from rollout.config import RolloutConfig
 from rollout.vllm_plugin import ENGINE_VARIABLE, check_version, register
 from rollout.vllm_plugin.precision import ENGINE_ARGUMENTS
 
+_NUM_EXTRA_SLOTS = 32
+"""For sequences that go first: they take no other one's place. A probe has so many."""
 _CPU_KV_CACHE_GIB = 0.25
 _CPU_BLOCK_SIZE = 32
 """The least that vLLM's CPU attention takes; short sequences waste less of a small block."""
@@ -95,7 +97,8 @@ def _common_arguments(model_path: str, config: RolloutConfig) -> dict[str, Any]:
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
         # A step has room for at most one token of so many sequences.
-        "max_num_seqs": min(config.max_concurrent_sequences, config.max_batched_tokens),
+        "max_num_seqs": min(config.max_concurrent_sequences + _NUM_EXTRA_SLOTS, config.max_batched_tokens),
+        "max_num_active_seqs": min(config.max_concurrent_sequences, config.max_batched_tokens),
         "max_num_batched_tokens": config.max_batched_tokens,
         "enable_chunked_prefill": True,
         "enable_prefix_caching": True,

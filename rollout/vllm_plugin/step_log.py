@@ -1,8 +1,8 @@
 """What sampling leaves behind, kept by engine step while it is written and by sequence when it is read.
 
 A step adds a few arrays for its whole batch, whatever the batch's size. They are sorted by sequence once per window of
-steps; so hardly any work is done per token and sequence. A sorted window is kept until half of its sequences have gone:
-the others are copied out then, and its memory is used again.
+steps; so hardly any work is done per token and sequence. Once half of a sorted window's sequences have gone, the others
+are copied out before long, and its memory is used again.
 
 Shapes: B = rows of a step, T = sampled tokens of a sequence, N = kept ids.
 """
@@ -101,6 +101,7 @@ class StepLog:
     def __init__(self, *, keeps_sets: bool) -> None:
         self._keeps_sets = keeps_sets
         self._num_steps = 0
+        """Since windows were last cleared out."""
         self._keys = _Column(np.int64)
         self._logprobs, self._versions = _Column(np.float32), _Column(np.int32)
         self._sizes, self._ids = _Column(np.int32), _Column(np.int32)
@@ -131,7 +132,9 @@ class StepLog:
         self._ids.append(sets.ids)
         self._num_steps += 1
         if self._num_steps >= _WINDOW_STEPS or len(self._ids.values) >= _WINDOW_IDS:
+            self._num_steps = 0
             self.sort_window()
+            self._clear_out()
 
     def take(self, key: int) -> SequenceLog:
         """Everything added for a sequence, which is forgotten here.
@@ -173,13 +176,14 @@ class StepLog:
                 window.sequences.pop(key, None)
             self._windows.append(window)
         self._taken.clear()
-        self._num_steps = 0
         for column in (self._keys, self._logprobs, self._versions, self._sizes, self._ids):
             column.clear()
-        self._clear_out()
 
     def _clear_out(self) -> None:
-        """Gives up the windows that are empty for the most part."""
+        """Gives up the windows that are empty for the most part.
+
+        Not as sequences are taken: those of a batch end within a few steps, and the last would be copied for nothing.
+        """
         for window in self._windows:
             if 2 * len(window.sequences) <= window.num_sequences:
                 for key in window.sequences:

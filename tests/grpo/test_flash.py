@@ -1,4 +1,4 @@
-"""The attention kernels without a GPU: through Triton's interpreter against a block mask, and compiled for an H100.
+"""The attention kernels without a GPU: through Triton's interpreter against a dense mask, and compiled for an H100.
 
 Triton reads TRITON_INTERPRET when it is imported, so each half runs in a process of its own: this file run as a module
 with the half's name.
@@ -7,6 +7,7 @@ with the half's name.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
 
@@ -23,21 +24,40 @@ CASES: dict[str, tuple[list[int], int, int]] = {
     "eight to one": ([20, 17], 8, 1),
 }
 """Sequence lengths, query heads, key heads."""
+PARENTS: dict[str, list[int]] = {
+    "prompt of several blocks": [-1, 0, 0, 0],
+    "prompt and branches of one": [-1, -1, 0, 0, 1, 1],
+    "prompts beside a whole sequence": [-1, -1, -1, 0, 0, 1, 1, 1],
+    "runs of children": [-1, -1, 0, 0, 0, 0, 0, 0, 1, 1, 1],
+}
+"""The sequence each goes on from, in rows that have such sequences."""
+CASES |= {
+    "prompt of several blocks": ([70, 33, 1, 40], 2, 1),
+    "prompt and branches of one": ([1, 32, 37, 1, 64, 1], 2, 1),
+    "prompts beside a whole sequence": ([17, 48, 20, 35, 3, 16, 66, 1], 2, 1),
+    "runs of children": ([35, 20, 5, 6, 17, 8, 20, 3, 34, 1, 2], 2, 2),
+}
 WIDTH = 16
+TREE = ("TREE", "KEY_PARTS", "VALUE_PARTS")
+"""What is None in rows without parents."""
 
 
 def _errors(name: str) -> list[float]:
-    """Largest differences of the output and the three gradients from attention under a block mask in float64."""
+    """Largest differences of the output and the three gradients from attention under a mask in float64."""
+    from grpo.layers.attention import PackedLayout
     from grpo.layers.flash import flash_attention
 
     lengths, heads, key_heads = CASES[name]
+    parents = torch.tensor(PARENTS.get(name, [-1] * len(lengths)), dtype=torch.int32)
     generator, total = torch.Generator().manual_seed(3), sum(lengths)
     states = [torch.randn(total, n, WIDTH, generator=generator).requires_grad_() for n in (heads, key_heads, key_heads)]
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     query, key, value = states
-    got = flash_attention(query, key, value, cu_seqlens, max(lengths), 0.3)
+    layout = PackedLayout(cu_seqlens, max(lengths), parents if name in PARENTS else None)
+    got = flash_attention(query, key, value, cu_seqlens, max(lengths), 0.3, layout.tree)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     allowed = (owner[:, None] == owner) & torch.ones(total, total).tril().bool()
+    allowed |= parents[owner][:, None] == owner
     q, k, v = (
         x.double().transpose(0, 1) for x in (query, *(s.repeat_interleave(heads // key_heads, 1) for s in states[1:]))
     )
@@ -58,7 +78,8 @@ def interpret() -> dict[str, list[float]]:
 
 
 def compile_kernels() -> dict[str, int]:
-    """Shared memory in bytes of every kernel for compute capability 9.0, at 32 query heads of 128 on 4 key heads."""
+    """Shared memory in bytes of every kernel for compute capability 9.0, at 32 query heads of 128 on 4 key heads, for
+    rows with parents and without."""
     import triton  # pyright: ignore[reportMissingImports]
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
@@ -69,22 +90,30 @@ def compile_kernels() -> dict[str, int]:
         if name.endswith("_BLOCKS"):
             rows = tile.columns if name in ("KEY_BLOCKS", "VALUE_BLOCKS") else tile.rows
             return f"tensordesc<bf16[{rows},128]>"
-        special = {"LSE": "*fp32", "DELTA": "*fp32", "CU": "*i32", "scale": "fp32", "stride": "i32"}
+        special = {
+            "LSE": "*fp32", "DELTA": "*fp32", "KEY_PARTS": "*fp32", "VALUE_PARTS": "*fp32",
+            "CU": "*i32", "TREE": "*i32", "scale": "fp32", "stride": "i32",
+        }  # fmt: skip
         return special.get(name, "*bf16")
 
     used = {}
-    for kernel, tile in (
-        (flash_kernels.forward_kernel, flash.FORWARD),
-        (flash_kernels.key_value_grad_kernel, flash.KEY_VALUE_GRAD),
-        (flash_kernels.query_grad_kernel, flash.QUERY_GRAD),
-        (flash_kernels.delta_kernel, flash.Tile(0, 0, 4, 1)),
-    ):
+    tiles = {
+        flash_kernels.forward_kernel: flash.FORWARD,
+        flash_kernels.key_value_grad_kernel: flash.KEY_VALUE_GRAD,
+        flash_kernels.run_grad_kernel: flash.KEY_VALUE_GRAD,
+        flash_kernels.query_grad_kernel: flash.QUERY_GRAD,
+        flash_kernels.delta_kernel: flash.Tile(0, 0, 4, 1),
+    }
+    for (kernel, tile), without in itertools.product(tiles.items(), (dict.fromkeys(TREE), {})):
+        if without and kernel is flash_kernels.run_grad_kernel:
+            continue
         constants = {"H": 32, "GROUP": 8, "D": 128, "PAD": flash.PAD, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        constants |= without
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         types = {name: "constexpr" if name in constants else kind(name, tile) for name in kernel.arg_names}
         source = ASTSource(kernel, types, constexprs=constants)
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        used[kernel.__name__] = triton.compile(
+        used[f"{kernel.__name__}, {'no' if without else 'with'} parents"] = triton.compile(
             source, target=GPUTarget("cuda", 90, 32), options=options
         ).metadata.shared
     return used
@@ -96,13 +125,13 @@ def interpreted() -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_interpreted_kernels_equal_a_block_mask(interpreted: dict[str, list[float]], name: str) -> None:
+def test_interpreted_kernels_equal_a_dense_mask(interpreted: dict[str, list[float]], name: str) -> None:
     assert len(interpreted[name]) == 4 and all(error < 5e-6 for error in interpreted[name])
 
 
 def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory() -> None:
     used = run_half(__name__, "compile_kernels", interpret=False)
-    assert len(used) == 4 and max(used.values()) <= 227 * 1024
+    assert len(used) == 9 and max(used.values()) <= 227 * 1024
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from grpo.config import LearnerConfig
 from grpo.learner import Learner, LearnerError, LearnerSpec, learning_rate
 from grpo.loss import sft_loss
 from grpo.replay import dump_step, replay_file
+from grpo.sft import fine_tune, supervised_sample
 from rollout.weight_sync import unpack_bucket
-from tests.samples import make_samples
+from tests.samples import make_group, make_samples
 from tests.tiny_models import make_qwen3_moe
 
 ROUTES = (3, 2, 8)
@@ -43,8 +45,35 @@ def batches_of(update: Update) -> list[TrainBatch]:
     return [pack(microbatch) for rank in update.ranks for microbatch in rank]
 
 
+class PackedInTurn(Sequence[TrainBatch]):
+    """Micro-batches that are packed when they are asked for; notes for which."""
+
+    def __init__(self, update: Update) -> None:
+        self._microbatches = [microbatch for rank in update.ranks for microbatch in rank]
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._microbatches)
+
+    def __getitem__(self, index: int) -> TrainBatch:
+        self.asked.append(index)
+        return pack(self._microbatches[index])
+
+
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in learner.policy.module.named_parameters() if p.grad is not None}
+
+
+def test_micro_batches_may_be_packed_in_turn(model_path):
+    samples = make_samples(1, num_groups=4, routes=ROUTES)
+    updates = plan_updates(samples, num_updates=2, max_tokens=40)
+    at_once, in_turn = Learner(make_spec(model_path)), Learner(make_spec(model_path))
+    lazy = [PackedInTurn(update) for update in updates]
+    want, got = at_once.train([batches_of(update) for update in updates]), in_turn.train(lazy)
+    assert (got.losses, got.grad_norms, got.num_tokens) == (want.losses, want.grad_norms, want.num_tokens)
+    assert got.stats.moments == want.stats.moments and want.num_tokens == sum(sample.num_tokens for sample in samples)
+    for batches in lazy:  # past its end, like any sequence that is iterated over
+        assert len(batches) > 1 and batches.asked == [*range(len(batches) + 1)]
 
 
 def test_any_packing_gives_the_same_loss_and_gradients(model_path):
@@ -61,6 +90,53 @@ def test_any_packing_gives_the_same_loss_and_gradients(model_path):
         assert norm == pytest.approx(results[0][1], rel=1e-5)
         for name, grad in grads.items():
             torch.testing.assert_close(grad, results[0][2][name], atol=2e-6, rtol=1e-4)
+
+
+def grouped_samples(routes=ROUTES):
+    """Three groups with prompts of 40, 5 and 1 tokens; one sample's prompt was routed differently half-way."""
+    rng = np.random.default_rng(0)
+    sizes = ((40, [5, 9, 1, 12]), (5, [3, 3, 8, 4]), (1, [6, 2]))
+    groups = [make_group(rng, i, num_prompt=p, num_sampled=n, routes=routes) for i, (p, n) in enumerate(sizes)]
+    if routes is not None:
+        (segment,) = groups[0][1].segments
+        recorded = segment.replay.routed_experts
+        assert recorded is not None
+        recorded[20] = (recorded[20] + 1) % 8
+        groups[0][1] = replace(groups[0][1], segments=(replace(segment, num_shareable=20),))
+    return [sample for group in groups for sample in group]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shared_prompt_changes_no_loss_and_no_gradient(model_path, dtype):
+    """With a reference and gradient checkpointing, in one micro-batch and in several."""
+    config = LearnerConfig(lr=1e-3, dtype=dtype, gradient_checkpointing=True, max_grad_norm=100.0)
+    samples, results = grouped_samples(), []
+    for share, max_tokens in ((False, 1000), (True, 1000), (True, 55)):
+        learner = Learner(make_spec(model_path, config=config))
+        assert learner.shares_prompts
+        (update,) = plan_updates(samples, max_tokens=max_tokens, share_prompts=share)
+        batches = [pack(m, share_prompts=share) for m in update.ranks[0]]
+        assert all(len(batch.token_ids) <= max_tokens for batch in batches)
+        result = learner.train([batches])
+        results.append((result, gradients(learner), len(update.ranks[0])))
+    (whole, want, _), (shared, got, num_rows), (split, got_split, num_split_rows) = results
+    assert num_rows == 1 < num_split_rows
+    assert whole.num_tokens == whole.num_sample_tokens == shared.num_sample_tokens == split.num_sample_tokens
+    assert shared.num_tokens < split.num_tokens < whole.num_tokens
+    rtol = 1e-4 if dtype == "float32" else 0.05
+    for result, grads in ((shared, got), (split, got_split)):
+        assert result.losses[0] == pytest.approx(whole.losses[0], abs=1e-6 if dtype == "float32" else 2e-3)
+        for name, grad in grads.items():
+            assert float((grad - want[name]).norm()) <= rtol * float(want[name].norm()), name
+
+
+def test_a_recorded_step_with_shared_prompts_replays_bit_identically(model_path, tmp_path):
+    learner = Learner(make_spec(model_path))
+    (update,) = plan_updates(grouped_samples(), max_tokens=90, share_prompts=True)
+    updates = [[pack(microbatch, share_prompts=True) for microbatch in update.ranks[0]]]
+    assert any(batch.parents is not None for batch in updates[0])
+    dump_step(learner, updates, tmp_path / "step-000001")
+    assert replay_file(tmp_path / "step-000001")["verdict"] == "bit-identical"
 
 
 def test_updates_are_applied_one_after_another_and_the_version_counts_steps(model_path):
@@ -131,6 +207,20 @@ def test_sft_raises_the_likelihood_of_its_tokens(model_path):
     for _ in range(5):
         learner.train([batches], sft_loss)
     assert learner.score(batches).mean() > before + 0.05
+
+
+def test_fine_tuning_shares_prompts_and_learns_the_same(model_path):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 99, n).astype(np.int32) for n in (20, 7)]
+    pairs = [(prompts[i % 2], rng.integers(3, 99, 1 + i).astype(np.int32)) for i in range(6)]
+    shared = Learner(make_spec(model_path, needs_reference=False))
+    losses = fine_tune(shared, [pairs, pairs])
+    alone = Learner(make_spec(model_path, needs_reference=False))
+    samples = [supervised_sample(i, *pair) for i, pair in enumerate(pairs)]
+    (update,) = plan_updates(samples, max_tokens=1000, aggregation="token")
+    want = [alone.train([batches_of(update)], sft_loss) for _ in range(2)]
+    assert losses == pytest.approx([result.losses[0] for result in want], abs=1e-5)
+    assert [result.num_tokens for result in want] == [sum(len(p) + len(c) for p, c in pairs)] * 2
 
 
 def test_a_gradient_that_is_not_finite_stops_before_any_weight_changes(model_path):

@@ -87,6 +87,109 @@ def test_bucketed_attention_equals_a_block_mask(lengths: tuple[int, ...]) -> Non
     torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
+def tree_mask(lengths: tuple[int, ...], parents: tuple[int, ...]) -> Tensor:
+    """What each token of a row sees, bool [T, T]: its sequence up to itself, and the whole of the parent."""
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    is_before = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    return ((owner[:, None] == owner) & is_before) | (torch.tensor(parents)[owner][:, None] == owner)
+
+
+TREES = {
+    "prompt of one": ((1, 5, 3), (-1, 0, 0)),
+    "branches of one": ((7, 1, 1, 1), (-1, 0, 0, 0)),
+    "two prompts and a whole sequence": ((9, 4, 20, 3, 2, 19, 30, 18, 1), (-1, -1, -1, 0, 0, 0, 1, 1, 1)),
+    "unequal branches": ((50, 16, 1, 100, 2, 98), (-1, -1, 0, 0, 1, 1)),
+}
+"""Lengths and parents of a row's sequences."""
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_bucketed_attention_equals_a_tree_mask(name: str) -> None:
+    lengths, parents = TREES[name]
+    generator, total = torch.Generator().manual_seed(5), sum(lengths)
+    states = [
+        torch.randn(1, heads, total, 16, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    q, k, v = states[0], *(s.repeat_interleave(2, 1) for s in states[1:])
+    scores = (q @ k.mT * 0.3).masked_fill(~tree_mask(lengths, parents), -torch.inf)
+    want = (scores.softmax(-1) @ v).transpose(1, 2)
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    layout = PackedLayout(cu_seqlens, max(lengths), torch.tensor(parents, dtype=torch.int32))
+    query, key, value = states
+    got, _ = packed_attention(torch.nn.Identity(), query, key, value, None, scaling=0.3, packed_layout=layout)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    upstream = torch.randn(want.shape, generator=generator, dtype=torch.float64)
+    grads = [torch.autograd.grad((upstream * out).sum(), states) for out in (got, want)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_runs_of_children_are_whole_and_their_sums_have_room(seed: int) -> None:
+    """The kernels' table against a loop: each run is as long as the longest sequence before another child is added."""
+    generator = torch.Generator().manual_seed(seed)
+    num_prompts = 1 + seed % 4
+    lengths = torch.randint(1, 90, (num_prompts + 14,), generator=generator)
+    parents = torch.randint(num_prompts - 1, (12,), generator=generator) if num_prompts > 1 else torch.zeros(12).long()
+    parents = torch.cat([-torch.ones(num_prompts + 2, dtype=torch.int64), parents.sort().values])
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    longest = int(lengths.max())
+    tree = PackedLayout(cu_seqlens, longest, parents.int()).tree
+    assert tree is not None and tree.dtype == torch.int32
+    begins, row = cu_seqlens.tolist(), 0
+    for number, (begin, before, stop, place, first_place, num_runs) in enumerate(tree.tolist()):
+        parent = int(parents[number])
+        assert before == (int(lengths[parent]) if parent >= 0 else 0)
+        if parent >= 0:
+            assert begin == begins[parent]
+        if stop:
+            assert place == row and set(parents[number:stop].tolist()) == {parent}
+            assert begins[stop] - begins[number] < 2 * longest
+            row += before
+        children = (parents == number).nonzero()[:, 0].tolist()
+        leaders = [child for child in children if tree[child, 2]]
+        assert num_runs == len(leaders)
+        if children:
+            assert leaders[0] == children[0] and first_place == tree[leaders[0], 3]
+            assert [*tree[leaders, 2].tolist()] == [*leaders[1:], children[-1] + 1]
+    assert row <= int(lengths.sum())
+
+
+@pytest.mark.parametrize("width, options", [(16, {"sliding_window": 100}), (24, {})], ids=["window", "width"])
+def test_attention_that_no_kernel_of_ours_knows_refuses_parents(width: int, options: dict[str, Any]) -> None:
+    states = torch.zeros(1, 4, 3, width)
+    cu_seqlens, parents = torch.tensor([0, 1, 3], dtype=torch.int32), torch.tensor([-1, 0], dtype=torch.int32)
+    with pytest.raises(attention.UnsupportedAttentionError, match="go on from another"):
+        packed_attention(
+            torch.nn.Identity(), states, states, states, None,
+            packed_layout=PackedLayout(cu_seqlens, 2, parents), **options,
+        )  # fmt: skip
+    with pytest.raises(attention.UnsupportedAttentionError, match="in attention mode sdpa"):
+        attention_kwargs(build_model("qwen3"), "sdpa", torch.tensor([0, 1, 2]), cu_seqlens, 2, parents)
+
+
+@pytest.mark.parametrize("name", [*MOE_MODELS, "qwen3"])
+def test_start_up_finds_out_which_models_can_share_prompts(name: str) -> None:
+    policy = prepare_policy(build_model(name), keep_routing=False, gradient_checkpointing=False)
+    unable = {"gpt_oss", "deepseek_v32", "glm_moe_dsa"} | {"deepseek_v3"}  # masks, and values of another width
+    assert policy.shares_prompts is (name not in unable)
+
+
+def test_start_up_finds_out_that_windows_and_forgotten_parents_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    windowed = prepare_policy(
+        build_model("mixtral", sliding_window=200), keep_routing=False, gradient_checkpointing=False
+    )
+    assert windowed.attention == "packed" and not windowed.shares_prompts
+    model = build_model("qwen3")
+    mode = choose_attention(model)
+    assert model_check.can_share_prompts(model, mode)
+    monkeypatch.setattr(PackedLayout, "_families", lambda self: [(-1, torch.arange(len(self.cu_seqlens) - 1))])
+    assert not model_check.can_share_prompts(model, mode)
+    with pytest.raises(ModelCheckError, match="packed logits differ"):
+        model_check.check_packing(model, mode, torch.float32, share_prompts=True)
+    model_check.check_packing(model, mode, torch.float32, share_prompts=False)
+
+
 def test_buckets_are_few() -> None:
     """A thousand sequences of 10 to 20 tokens must not cost a thousand calls per layer."""
     lengths = 10 + torch.arange(1000) % 11

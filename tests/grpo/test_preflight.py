@@ -71,7 +71,7 @@ def test_everything_is_loaded(folder: Path) -> None:
     assert found.stop_token_ids["math"] == (1,)
     token_ids = found.tokenizer.encode(found.tasks[3])
     assert token_ids.tolist() == [ord(c) - 32 + 3 for c in "3+1="] and token_ids.dtype == "int32"
-    assert found.tokenizer.decode(token_ids) == "3+1=" and found.tokenizer.vocab_size == VOCAB_SIZE
+    assert found.tokenizer.decode([token_ids]) == ["3+1="] and found.tokenizer.vocab_size == VOCAB_SIZE
 
 
 def test_dense_model_is_told_from_moe(folder: Path) -> None:

@@ -19,7 +19,7 @@ from grpo.cluster.actors import LearnerActor
 from grpo.config import LearnerConfig
 from grpo.learner import Learner, LearnerSpec
 from rollout.weight_sync import unpack_bucket
-from tests.samples import make_samples
+from tests.samples import make_group, make_samples
 
 NUM_RANKS = 2
 ROUTES = (3, 2, 8)
@@ -28,8 +28,9 @@ ROUTES = (3, 2, 8)
 class InspectableRank(LearnerActor):
     """A learner rank that shows its gradients and trains on records that are already there."""
 
-    def train_on(self, update: Update, rank: int) -> tuple[float, float]:
-        result = self._learner.train([[pack(microbatch) for microbatch in update.ranks[rank]]])
+    def train_on(self, update: Update, rank: int, share_prompts: bool = False) -> tuple[float, float]:
+        batches = [pack(microbatch, share_prompts=share_prompts) for microbatch in update.ranks[rank]]
+        result = self._learner.train([batches])
         return result.losses[0], result.grad_norms[0]
 
     def gradients(self) -> dict[str, np.ndarray]:
@@ -52,9 +53,10 @@ def spec_for(model: Path, **changes: Any) -> LearnerSpec:
     return LearnerSpec(str(model), LearnerConfig(**settings), True, True, "float32", total_updates=10)
 
 
-def plan(seed: int, num_ranks: int, max_tokens: int) -> Update:
-    samples: list[TrainSample] = make_samples(seed, num_groups=3, routes=ROUTES)
-    (update,) = plan_updates(samples, num_ranks=num_ranks, max_tokens=max_tokens)
+def plan(seed: int, num_ranks: int, max_tokens: int, *, share_prompts: bool = False) -> Update:
+    samples: list[TrainSample] = make_samples(seed, num_groups=2, routes=ROUTES)
+    samples += make_group(np.random.default_rng(seed), 2, num_prompt=20, num_sampled=[4, 9, 2, 6, 5], routes=ROUTES)
+    (update,) = plan_updates(samples, num_ranks=num_ranks, max_tokens=max_tokens, share_prompts=share_prompts)
     return update
 
 
@@ -76,10 +78,10 @@ def start_ranks(spec: LearnerSpec) -> list[Any]:
 
 def test_two_ranks_equal_one_process(ranks, toy_model, tmp_path):
     alone = Learner(spec_for(toy_model))
-    for seed, max_tokens in ((1, 1000), (2, 30)):
+    for seed, max_tokens, share in ((1, 1000, False), (2, 30, False), (3, 50, True)):
         result = alone.train([[pack(m) for m in plan(seed, 1, 1000).ranks[0]]])
-        update = plan(seed, NUM_RANKS, max_tokens)
-        parts = ray.get([actor.train_on.remote(update, rank) for rank, actor in enumerate(ranks)])
+        update = plan(seed, NUM_RANKS, max_tokens, share_prompts=share)
+        parts = ray.get([actor.train_on.remote(update, rank, share) for rank, actor in enumerate(ranks)])
         assert sum(loss for loss, _ in parts) == pytest.approx(result.losses[0], abs=1e-6)
         assert [norm for _, norm in parts] == pytest.approx(list(result.grad_norms) * NUM_RANKS, rel=1e-5)
         assert result.grad_norms[0] > 0.05, "clipping must have had something to do"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,8 +55,8 @@ def make_group(*token_ids: list[int], task: Task | None = None) -> Group:
     return Group(0, task or Task("t", "math", "?", "7"), np.array([1], np.int32), completions)
 
 
-def decode(token_ids: np.ndarray) -> str:
-    return " ".join(map(str, token_ids))
+def decode(completions: Sequence[np.ndarray]) -> list[str]:
+    return [" ".join(map(str, token_ids)) for token_ids in completions]
 
 
 def score(group: Group, *rewards: LoadedReward, **judges: Judge) -> ScoredGroup:
@@ -127,6 +128,20 @@ def test_each_cause_is_logged_once_with_function_task_and_traceback(caplog: pyte
             asyncio.run(scorer.score(make_group([1], [2])))
     assert len(caplog.records) == 1
     assert "bad: KeyError on task t" in caplog.text and "a traceback" in caplog.text
+
+
+def test_long_completions_are_decoded_beside_everything_else() -> None:
+    turns = threading.Barrier(2, timeout=10)
+
+    def decode_both(completions: Sequence[np.ndarray]) -> list[str]:
+        turns.wait()  # returns only if the other group is decoded at the same time
+        return decode(completions)
+
+    async def score_both() -> list[ScoredGroup]:
+        scorer = Scorer(lambda domain: (reward("first"),), decode=decode_both, runner=Table(first=first_token))
+        return await asyncio.gather(*(scorer.score(make_group([i], [i + 1])) for i in range(2)))
+
+    assert [scored.rewards.tolist() for scored in asyncio.run(score_both())] == [[0.0, 1.0], [1.0, 2.0]]
 
 
 def test_each_domain_has_its_own_rewards() -> None:

@@ -131,6 +131,23 @@ def test_a_request_that_goes_first_does_not_wait_for_those_that_an_update_stoppe
     asyncio.run(run())
 
 
+def test_sequences_that_go_first_run_beside_the_others_and_take_no_place_of_theirs(worker: RolloutWorker) -> None:
+    async def run() -> None:
+        calls = [asyncio.ensure_future(worker.generate(make_request(seed, 100))) for seed in range(NUM_SLOTS + 4)]
+        await running(worker, NUM_SLOTS)
+        request = replace(make_request(99, 40), seeds=(99, 100, 101), goes_first=True)
+        first = asyncio.ensure_future(worker.generate(request))
+        await running(worker, NUM_SLOTS + 3)
+        assert [c.num_tokens for c in await first] == [40, 40, 40] and not any(call.done() for call in calls)
+        async with asyncio.timeout(10):
+            while (await worker.stats()).num_running > NUM_SLOTS:
+                await asyncio.sleep(0.001)
+        assert (await worker.stats()).num_waiting == 4 and not any(call.done() for call in calls)
+        assert [c.num_tokens for call in calls for c in await call] == [100] * len(calls)
+
+    asyncio.run(run())
+
+
 def test_running_requests_go_on_under_the_new_weights(
     worker: RolloutWorker, model: PreTrainedModel, folder: Path
 ) -> None:

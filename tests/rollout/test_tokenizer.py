@@ -32,8 +32,9 @@ def chat_folder(folder: Path) -> Path:
 def test_text_goes_in_as_it_is(folder: Path) -> None:
     tokenizer = TaskTokenizer(folder)
     token_ids = tokenizer.encode(Task("t", "d", "a b"))
-    assert token_ids.dtype == np.int32 and tokenizer.decode(token_ids) == "a b"
-    assert tokenizer.decode(np.array([*token_ids, 1], np.int32)) == "a b"  # the end token is left out
+    assert token_ids.dtype == np.int32 and tokenizer.decode([token_ids]) == ["a b"]
+    ended = np.array([*token_ids, 1], np.int32)
+    assert tokenizer.decode([ended, token_ids[:1]]) == ["a b", "a"]  # the end token is left out
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_chat_goes_through_the_template(
     chat_folder: Path, prompt: str, system_prompt: str | None, expected: str
 ) -> None:
     tokenizer = TaskTokenizer(chat_folder, system_prompt=system_prompt)
-    assert tokenizer.decode(tokenizer.encode(Task("t", "d", prompt))) == expected
+    assert tokenizer.decode([tokenizer.encode(Task("t", "d", prompt))]) == [expected]
 
 
 def test_chat_without_a_template_is_refused(folder: Path) -> None:
