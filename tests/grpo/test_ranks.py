@@ -111,6 +111,7 @@ def test_resumed_ranks_continue_bit_equal(ranks, toy_model, tmp_path):
     assert all(np.array_equal(weights[name], resumed[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_half_precision_ranks_compute_in_bfloat16_and_keep_float32_masters(ray_address, ranks, toy_model):
     actors = start_ranks(spec_for(toy_model, dtype="bfloat16"))
     update = plan(1, NUM_RANKS, 1000)

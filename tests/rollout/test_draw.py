@@ -275,6 +275,7 @@ def show_triton_to_vllm() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_kernels_through_the_interpreter() -> None:
     results = run_half(__name__, "interpret", interpret=True)
     assert all(results["routes"])

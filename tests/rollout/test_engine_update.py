@@ -319,6 +319,7 @@ def test_a_buffer_may_be_filled_again_when_its_bucket_is_loaded(
     assert error_of(model, make_request(10), generate(worker, make_request(10))) < 2e-5
 
 
+@pytest.mark.slow
 def test_deepseek_v3_with_its_bias(worker: RolloutWorker, tmp_path: Path) -> None:
     asyncio.run(worker.shutdown())  # last user of the module's engine; a process runs one at a time
     folder = make_deepseek_v3(tmp_path)

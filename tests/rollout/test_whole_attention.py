@@ -31,6 +31,7 @@ def test_a_step_is_left_uncut_where_that_costs_nothing(num_sequences, num_kv_hea
     assert is_whole == (whole_us <= 1.02 * parts_us)
 
 
+@pytest.mark.slow
 def test_vllm_builds_with_it():
     code = """
 from rollout.vllm_plugin.whole_attention import WholeAttentionBuilder, attend_whole
