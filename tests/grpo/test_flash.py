@@ -124,6 +124,7 @@ def interpreted() -> dict[str, list[float]]:
     return run_half(__name__, "interpret", interpret=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_equal_a_dense_mask(interpreted: dict[str, list[float]], name: str) -> None:
     assert len(interpreted[name]) == 4 and all(error < 5e-6 for error in interpreted[name])

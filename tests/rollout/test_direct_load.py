@@ -323,6 +323,7 @@ def test_a_copy_of_several_tensors_is_seen_as_one_of_each() -> None:
     assert torch.equal(live[:, 2:], torch.arange(1.0, 4.0)[:, None, None].expand(3, 2, 5)) and not live[:, :2].any()
 
 
+@pytest.mark.slow
 def test_a_head_tied_to_its_embedding(
     worker: RolloutWorker, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
