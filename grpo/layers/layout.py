@@ -95,7 +95,7 @@ class PackedLayout:
         run = (begins - begins[oldest]) // self.max_seqlen
         leads = is_child & ((numbers == oldest) | (run != run.roll(1)))
         later = torch.where(leads, numbers, num_sequences).flip(0).cummin(0).values.flip(0)
-        stop = torch.where(leads, torch.cat([later[1:], later.new_tensor([num_sequences])]), 0)
+        stop = torch.where(leads, torch.cat([later[1:], later.new_full((1,), num_sequences)]), 0)
         rows = torch.where(leads, before, 0)
         place = rows.cumsum(0) - rows
         num_runs = torch.zeros_like(parents).index_add_(0, parent, leads.long())
