@@ -27,10 +27,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_noised_argmax, murmur3_uniform32
+from vllm.v1.worker.gpu.sample.gumbel import murmur3_uniform32
 
 from rollout.vllm_plugin.order_kernels import find_theta, is_kept, list_marks, load_scaled, truncate
-from rollout.vllm_plugin.wide_kernels import draw_from_row, truncate_row
+from rollout.vllm_plugin.wide_kernels import draw_best, draw_from_row, truncate_row
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def scan_chunks(
             words = (chunk * CHUNK + i) // 32 + tl.arange(0, BLOCK // 32)
             tl.store(marks_ptr + words, tl.sum(marks, axis=1))
         elif _may_win(x, ids, best, seed, position, temperature):
-            value, lane = _draw(x, ids, ids < vocab_size, seed, position, temperature)
+            value, lane = draw_best(x, ids, ids < vocab_size, seed, position, temperature)
             token = tl.where(value > best, start + lane, token)
             best = tl.maximum(best, value)
     tl.store(sums_ptr + chunk * 2, maximum)
@@ -153,7 +153,7 @@ def draw_rows(
             kept = is_kept(x, ids, theta, last)
             mass = tl.sum(tl.where(kept, tl.exp(x - maximum), 0.0))
             size = tl.sum(kept.to(tl.int32))
-            _, lane = _draw(tl.where(kept, x, float("-inf")), ids, kept, seed, position, temperature)
+            _, lane = draw_best(tl.where(kept, x, float("-inf")), ids, kept, seed, position, temperature)
             token = tl.sum(tl.where(lanes == lane, ids, 0))
             tl.store(kept_ptr + tl.cumsum(kept.to(tl.int32), axis=0) - 1, ids, mask=kept)
         else:
@@ -175,12 +175,6 @@ def draw_rows(
 def _load_settings(slot, temperature_ptr, top_k_ptr, top_p_ptr):
     """A request's temperature, top-k and top-p."""
     return tl.load(temperature_ptr + slot), tl.load(top_k_ptr + slot), tl.load(top_p_ptr + slot)
-
-
-@triton.jit
-def _draw(x, ids, there, seed, position, temperature):
-    """The highest of logit + noise, and its lane. Logits that are not `there` have to be -inf."""
-    return gumbel_noised_argmax(x, ids, there, seed, position, temperature, False, False, APPLY_TEMPERATURE=False)
 
 
 @triton.jit

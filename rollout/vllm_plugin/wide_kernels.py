@@ -33,6 +33,12 @@ def truncate_row(logits_ptr, temperature, maximum, mass, top_k, top_p, vocab_siz
 
 
 @triton.jit
+def draw_best(x, ids, there, seed, position, temperature):
+    """The highest of logit + noise, and its lane. Logits that are not `there` have to be -inf."""
+    return gumbel_noised_argmax(x, ids, there, seed, position, temperature, False, False, APPLY_TEMPERATURE=False)
+
+
+@triton.jit
 def draw_from_row(logits_ptr, temperature, seed, position, maximum, theta, last, vocab_size, BLOCK: tl.constexpr):
     """The token drawn of a row's kept set, the set's sum of exp(x - maximum), and its size, negative: not gathered."""
     best = tl.full((), float("-inf"), tl.float32)
@@ -43,9 +49,7 @@ def draw_from_row(logits_ptr, temperature, seed, position, maximum, theta, last,
         x = load_scaled(logits_ptr, ids, vocab_size, temperature)
         kept = is_kept(x, ids, theta, last) & (ids < vocab_size)
         score = tl.where(kept, x, float("-inf"))
-        value, lane = gumbel_noised_argmax(
-            score, ids, kept, seed, position, temperature, False, False, APPLY_TEMPERATURE=False
-        )
+        value, lane = draw_best(score, ids, kept, seed, position, temperature)
         token = tl.where(value > best, start + lane, token)
         best = tl.maximum(best, value)
         mass += tl.sum(tl.where(kept, tl.exp(x - maximum), 0.0))

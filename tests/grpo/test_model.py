@@ -66,19 +66,24 @@ def test_sliding_windows_are_kept_in_packed_rows() -> None:
     torch.testing.assert_close(model(input_ids=token_ids[None], **kwargs).logits[0], want, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("lengths", [(1,), (7,), (3, 3, 3), (50, 1, 49, 2, 20), tuple(range(1, 30))], ids=str)
-def test_bucketed_attention_equals_a_block_mask(lengths: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(5)
-    total = sum(lengths)
-    shapes = ((1, 4, total, 8), (1, 2, total, 8), (1, 2, total, 6))
-    states = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+def tree_mask(lengths: tuple[int, ...], parents: tuple[int, ...]) -> Tensor:
+    """What each token of a row sees, bool [T, T]: its sequence up to itself, and the whole of the parent."""
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    allowed = (owner[:, None] == owner) & torch.ones(total, total).tril().bool()
+    is_before = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    return ((owner[:, None] == owner) & is_before) | (torch.tensor(parents)[owner][:, None] == owner)
+
+
+def check_bucketed(lengths: tuple[int, ...], parents: tuple[int, ...], widths: tuple[int, int]) -> None:
+    """Packed attention on a CPU against a mask over the whole row; `widths` of keys and of values."""
+    generator, total = torch.Generator().manual_seed(5), sum(lengths)
+    shapes = ((1, 4, total, widths[0]), (1, 2, total, widths[0]), (1, 2, total, widths[1]))
+    states = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
     q, k, v = states[0], *(s.repeat_interleave(2, 1) for s in states[1:])
-    scores = (q @ k.mT * 0.3).masked_fill(~allowed, -torch.inf)
+    scores = (q @ k.mT * 0.3).masked_fill(~tree_mask(lengths, parents), -torch.inf)
     want = (scores.softmax(-1) @ v).transpose(1, 2)
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    layout = PackedLayout(cu_seqlens, max(lengths))
+    is_tree = any(parent >= 0 for parent in parents)
+    layout = PackedLayout(cu_seqlens, max(lengths), torch.tensor(parents, dtype=torch.int32) if is_tree else None)
     query, key, value = states
     got, _ = packed_attention(torch.nn.Identity(), query, key, value, None, scaling=0.3, packed_layout=layout)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
@@ -87,11 +92,9 @@ def test_bucketed_attention_equals_a_block_mask(lengths: tuple[int, ...]) -> Non
     torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
 
 
-def tree_mask(lengths: tuple[int, ...], parents: tuple[int, ...]) -> Tensor:
-    """What each token of a row sees, bool [T, T]: its sequence up to itself, and the whole of the parent."""
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    is_before = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
-    return ((owner[:, None] == owner) & is_before) | (torch.tensor(parents)[owner][:, None] == owner)
+@pytest.mark.parametrize("lengths", [(1,), (7,), (3, 3, 3), (50, 1, 49, 2, 20), tuple(range(1, 30))], ids=str)
+def test_bucketed_attention_equals_a_block_mask(lengths: tuple[int, ...]) -> None:
+    check_bucketed(lengths, (-1,) * len(lengths), widths=(8, 6))
 
 
 TREES = {
@@ -105,23 +108,7 @@ TREES = {
 
 @pytest.mark.parametrize("name", TREES)
 def test_bucketed_attention_equals_a_tree_mask(name: str) -> None:
-    lengths, parents = TREES[name]
-    generator, total = torch.Generator().manual_seed(5), sum(lengths)
-    states = [
-        torch.randn(1, heads, total, 16, generator=generator, dtype=torch.float64).requires_grad_()
-        for heads in (4, 2, 2)
-    ]
-    q, k, v = states[0], *(s.repeat_interleave(2, 1) for s in states[1:])
-    scores = (q @ k.mT * 0.3).masked_fill(~tree_mask(lengths, parents), -torch.inf)
-    want = (scores.softmax(-1) @ v).transpose(1, 2)
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    layout = PackedLayout(cu_seqlens, max(lengths), torch.tensor(parents, dtype=torch.int32))
-    query, key, value = states
-    got, _ = packed_attention(torch.nn.Identity(), query, key, value, None, scaling=0.3, packed_layout=layout)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
-    upstream = torch.randn(want.shape, generator=generator, dtype=torch.float64)
-    grads = [torch.autograd.grad((upstream * out).sum(), states) for out in (got, want)]
-    torch.testing.assert_close(*grads, rtol=0, atol=1e-12)
+    check_bucketed(*TREES[name], widths=(16, 16))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -188,6 +175,20 @@ def test_start_up_finds_out_that_windows_and_forgotten_parents_cannot_share(monk
     with pytest.raises(ModelCheckError, match="packed logits differ"):
         model_check.check_packing(model, mode, torch.float32, share_prompts=True)
     model_check.check_packing(model, mode, torch.float32, share_prompts=False)
+
+
+def test_a_shared_row_that_is_not_a_number_is_an_error() -> None:
+    model = build_model("qwen3")
+    mode = choose_attention(model)
+
+    def spoil(_: Any, __: Any, logits: Tensor) -> Tensor:
+        return logits * torch.nan if logits.shape[1] > sum(model_check.LENGTHS) else logits
+
+    head: Any = model.get_output_embeddings()
+    head.register_forward_hook(spoil)
+    model_check.check_packing(model, mode, torch.float32, share_prompts=False)
+    with pytest.raises(ModelCheckError, match="packed logits differ from separate ones by nan"):
+        model_check.check_packing(model, mode, torch.float32, share_prompts=True)
 
 
 def test_buckets_are_few() -> None:
