@@ -12,10 +12,11 @@ of its own in a process of its own; all stand on the same GPU, and draw the same
 - `vllm`: vLLM's `LLM` with its own scheduler and its own recording, at top_k = 512, which it needs. Measured once.
 
 The nucleus widths are searched for sets of about 8 and 80 ids; the last row does not truncate. Every width is warmed up
-before it is measured. The fastest of seven repeats is printed: what else a machine does can only slow one down, and
-where the host sets the pace it does so by tens of percent. The threads that drive Keel's engines take their turns on
-one core, since cores are not equally fast on a shared machine. "waits" is the time per step in which such a thread
-waits for the GPU: where there is none, the host sets the pace.
+before it is measured. The engines take turns, and the threads that drive Keel's take them on one core, since cores are
+not equally fast on a shared machine. Where the host sets the pace, its speed changes by tens of percent within seconds;
+so "ratio" is the median over the repeats of one engine's tokens/s by those of `none` in the same turn. The fastest
+repeat of each is printed as well. "waits" is the time per step in which such a thread waits for the GPU: where there is
+none, the host sets the pace.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from rollout.types import Completion, GenerateRequest, KeptSets
 NUM_SEQUENCES, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 256
 SET_SIZES = (8, 80)
 SEARCH_STEPS, SEARCH_TOKENS = 7, 12
-NUM_REPEATS = {"none": 7, "both": 7, "vllm": 1}
+NUM_REPEATS = {"none": 21, "both": 21, "vllm": 1}
 KV_CACHE_GIB = 4.0
 MEMORY_FRACTION = 0.2
 VLLM_TOP_K = 512
@@ -88,23 +89,25 @@ def measure(pools: dict[str, ProcessPoolExecutor], top_p: float) -> dict[str, li
     """The repeats of every setting, in turn, after one that is left out."""
     rows: dict[str, list[Drawn]] = {name: [] for name in pools}
     for repeat in range(max(NUM_REPEATS.values()) + 1):
-        for name, pool in pools.items():
+        for name in sorted(pools, reverse=repeat % 2 == 0):  # neither is always the first
             if repeat <= NUM_REPEATS[name]:
-                rows[name].append(pool.submit(draw, top_p, repeat, NEW_TOKENS).result())
+                rows[name].append(pools[name].submit(draw, top_p, repeat, NEW_TOKENS).result())
     return {name: repeats[1:] for name, repeats in rows.items()}
 
 
 def print_width(model: str, top_p: float, rows: dict[str, list[Drawn]]) -> None:
-    """The fastest repeats of one width, with ratios to the engine that records nothing."""
-    fastest = {name: max(repeats, key=lambda drawn: drawn.tokens_per_s) for name, repeats in rows.items()}
-    kept = f"mean kept set {fastest['both'].kept_mean:.1f}" if top_p < 1 else "nothing truncated"
+    """One width: medians and fastest repeats, with ratios to the engine that records nothing."""
+    kept = f"mean kept set {rows['both'][0].kept_mean:.1f}" if top_p < 1 else "nothing truncated"
     print(f"\n{model}, top_p {top_p:.4f}, {kept}")
-    for name, drawn in fastest.items():
-        median = statistics.median(repeat.tokens_per_s for repeat in rows[name])
+    for name, repeats in rows.items():
+        speed = [drawn.tokens_per_s for drawn in repeats]
+        ratios = sorted(ours / none.tokens_per_s for ours, none in zip(speed, rows["none"], strict=False))
+        quarter = len(ratios) // 4
+        step, waits = (statistics.median(times) for times in zip(*(drawn[1:3] for drawn in repeats), strict=True))
         print(
-            f"{name:5} {drawn.tokens_per_s:9.0f} tokens/s  {drawn.step_ms:6.2f} ms/step  "
-            f"waits {drawn.wait_ms:5.2f} ms/step  ratio {drawn.tokens_per_s / fastest['none'].tokens_per_s:.3f}  "
-            f"(median {median:.0f})",
+            f"{name:5} {statistics.median(speed):9.0f} tokens/s (fastest {max(speed):6.0f})  {step:5.2f} ms/step  "
+            f"waits {waits:5.2f}  ratio {statistics.median(ratios):.3f} "
+            f"(middle half {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})",
             flush=True,
         )
 
@@ -123,7 +126,7 @@ def find_width(pool: ProcessPoolExecutor, size: float) -> float:
 
 
 def start(setting: str, model: str) -> None:
-    """Builds this process's engine, and lets it compile what it compiles in its first batch."""
+    """Builds this process's engine, and lets it compile and start in its first batch what it does not start with."""
     global _engine
     length = PROMPT_TOKENS + NEW_TOKENS
     if setting == "vllm":
@@ -134,9 +137,10 @@ def start(setting: str, model: str) -> None:
         )
         record = setting == "both"
         _engine = Engine(model, config, max_model_len=length, record_kept=record, record_routing=record)
-        asyncio.run(_engine._ask(lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})))  # its thread alone
         count_waiting()
-    draw(0.9, 0, SEARCH_TOKENS)
+    draw(0.9, 0, NEW_TOKENS)
+    if setting != "vllm":
+        asyncio.run(_engine._ask(lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})))  # its thread alone
 
 
 def count_waiting() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from rollout.vllm_plugin.step_log import SequenceLog
+
 
 @dataclass(slots=True, eq=False)
 class Live:
@@ -25,6 +27,8 @@ class Live:
     """Rows of stretches that lost their cache blocks."""
     lost_blocks: list[int] | None = None
     """The blocks of a preempted sequence whose rows have yet to be read from them."""
+    log: SequenceLog | None = None
+    """Taken already, together with those of others that end in the same step."""
     ended: bool = False
 
 

@@ -4,7 +4,7 @@ Such a set is told by two numbers: an id is in it if its logit is above `theta`,
 `last`. So of equally likely ids the lowest go in first, as in vLLM's kernels. `theta` is found bit by bit, from the
 highest, in integers that have the order of the floats: 32 sums, no bound on how close two logits may lie.
 
-Used by `draw_kernels.py`, `wide_kernels.py` and `support_kernels.py`.
+Used by `draw_kernels.py` and `wide_kernels.py`.
 """
 
 # pyright: reportMissingImports=false, reportInvalidTypeForm=false

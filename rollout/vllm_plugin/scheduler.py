@@ -32,12 +32,10 @@ from vllm.v1.request import Request, RequestStatus
 from rollout.vllm_plugin.decoding import ENDED, DecodeBatch, Live, StepBatch
 from rollout.vllm_plugin.record import EngineError, FinishedSequence
 from rollout.vllm_plugin.recorder import find_full_attention_group
-from rollout.vllm_plugin.slot_routes import SlotRoutes
+from rollout.vllm_plugin.slot_routes import SlotRoutes, Stretch
 from rollout.vllm_plugin.step_log import StepLog
 from rollout.vllm_plugin.support import StepRecord
 
-_MANY = 8
-"""Sequences ending in one step, from which on the step log is sorted for all of them."""
 _RETRY_STEPS = 32
 """Steps after which waiting sequences are tried again although no cache block has become free."""
 
@@ -131,7 +129,7 @@ class RecordingScheduler(AsyncScheduler):
         if request.priority < 0:
             self._going_first.discard(request.request_id)
             self._count_slots()
-        log = self._log.take(live.key)
+        log = live.log or self._log.take([live.key])[0]
         stats = request.prefill_stats
         return FinishedSequence(
             request_id=request.request_id,
@@ -152,18 +150,25 @@ class RecordingScheduler(AsyncScheduler):
         """The rows of a sequence that ends, [P + T - 1, L, K]; None if no token was sampled."""
         if self._routes is None or not request.num_output_tokens:
             return None
-        self._save_routes(request, live, live.lost_blocks or self._route_blocks(request))
+        self._save_routes([(request, live)])
         return live.routes[0] if len(live.routes) == 1 else np.concatenate(live.routes)
 
-    def _save_routes(self, request: Request, live: Live, blocks: list[int]) -> None:
-        """Reads what is not read yet, up to the last sampled token, from the cache slots of these blocks."""
-        assert self._routes is not None
-        start, stop = sum(map(len, live.routes)), request.num_tokens - 1
-        if request.num_output_tokens and start < stop:
-            live.routes.append(self._routes.read(blocks, start, stop))
+    def _save_routes(self, sequences: list[tuple[Request, Live]]) -> None:
+        """Reads what is not read yet, up to the last sampled token, from the cache slots of the sequences' blocks."""
+        if self._routes is None:
+            return
+        lives, stretches = [], []
+        for request, live in sequences:
+            start, stop = sum(map(len, live.routes)), request.num_tokens - 1
+            if request.num_output_tokens and start < stop:
+                lives.append(live)
+                stretches.append(Stretch(live.lost_blocks or self._route_blocks(request), start, stop))
+        for live, routes in zip(lives, self._routes.read(stretches) if stretches else (), strict=True):
+            live.routes.append(routes)
 
     def _route_blocks(self, request: Request) -> list[int]:
-        return self.kv_cache_manager.get_block_ids(request.request_id)[self._route_group]
+        manager = self.kv_cache_manager.coordinator.single_type_managers[self._route_group]
+        return [block.block_id for block in manager.req_to_blocks.get(request.request_id, ())]
 
     def _write_routes(self, scheduler_output: SchedulerOutput, record: StepRecord | None) -> None:
         """Follows what the device did with its cache in this step, in the device's order."""
@@ -171,8 +176,8 @@ class RecordingScheduler(AsyncScheduler):
             return
         for copy in scheduler_output.kv_cache_block_copies or ():
             self._routes.copy_block(copy.src_block_id, copy.dst_block_id)
-        if record is not None and record.routes is not None:
-            self._routes.write(*record.routes)
+        if record is not None and (routes := record.routes) is not None:
+            self._routes.write(*routes)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         self._note_departure()
@@ -182,7 +187,7 @@ class RecordingScheduler(AsyncScheduler):
         super()._preempt_request(request, timestamp, drop_stale_output)
         if live.lost_blocks is not None and (request.drop_stale_output or not request.num_stale_output_tokens):
             # Nothing in flight will add to what these blocks hold for it, so read them before others write there.
-            self._save_routes(request, live, live.lost_blocks)
+            self._save_routes([(request, live)])
             live.lost_blocks = None
 
     # -- what a step brings -----------------------------------------------------------------------------------------
@@ -203,7 +208,7 @@ class RecordingScheduler(AsyncScheduler):
         else:
             keys, ended = self._take_in_one_by_one(batch, sampled, scheduler_output)
         if record is not None:
-            self._log.add(keys, record.logprobs, self.policy_version, record.sets)
+            self._log.add(keys, self.policy_version, record)
         self._stop(ended)
         return {}
 
@@ -253,7 +258,7 @@ class RecordingScheduler(AsyncScheduler):
         if len(request._all_token_ids) % self.hash_block_size == 0:
             request.update_block_hashes()
         if live.lost_blocks is not None:
-            self._save_routes(request, live, live.lost_blocks)
+            self._save_routes([(request, live)])
             if not request.num_stale_output_tokens:
                 live.lost_blocks = None
 
@@ -271,8 +276,7 @@ class RecordingScheduler(AsyncScheduler):
             return
         were_running = {request for request in requests if request.status == RequestStatus.RUNNING}
         preempted = set(requests) - were_running
-        if len(requests) >= _MANY:
-            self._log.sort_window()
+        self._take_records(requests)
         for request in requests:
             if not check_stop(request, self.max_model_len):
                 raise EngineError(f"vLLM does not end request {request.request_id} where it has to")
@@ -282,6 +286,13 @@ class RecordingScheduler(AsyncScheduler):
             self.waiting.remove_requests(preempted)
             self.kv_holding_waiting.remove_requests(preempted)
             self.deferred_waiting.difference_update(preempted)
+
+    def _take_records(self, requests: list[Request]) -> None:
+        """What was recorded of sequences that are about to end, of all at once."""
+        lives = [self._live[request.request_id] for request in requests]
+        for live, log in zip(lives, self._log.take([live.key for live in lives]), strict=True):
+            live.log = log
+        self._save_routes(list(zip(requests, lives, strict=True)))
 
     # -- the next step ----------------------------------------------------------------------------------------------
 

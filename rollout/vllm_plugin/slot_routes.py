@@ -10,15 +10,30 @@ Shapes: L = decoder layers, K = experts per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
+
+_PENDING_STEPS = 16
+_Step = tuple[np.ndarray, np.ndarray]
+"""What is written in one step."""
+
+
+class Stretch(NamedTuple):
+    """Positions of a sequence, from `start` to before `stop`."""
+
+    blocks: list[int]
+    """The sequence's, from its first position on."""
+    start: int
+    stop: int
 
 
 class SlotRoutes:
     """The routes of every token in a KV cache of `num_blocks` blocks of `block_size` tokens.
 
     Memory is reserved with the first step, for all slots, and used as the cache fills. A row [L, K] is one opaque value
-    here, which numpy copies whole.
+    here, which numpy copies whole. Steps are put aside, and written by the dozen in a thread of its own.
     """
 
     def __init__(self, *, num_blocks: int, block_size: int) -> None:
@@ -27,29 +42,54 @@ class SlotRoutes:
         self._blocks: np.ndarray | None = None  # [blocks, tokens]
         self._shape: tuple[int, ...] = ()
         self._dtype = np.dtype(np.uint8)
+        self._pending: list[_Step] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="keel-slot-routes")
+        self._writing: list[Future[None]] = []
 
     def write(
         self,
         slots: np.ndarray,  # int64 [tokens]
         routes: np.ndarray,  # uint8 | uint16 [tokens, L, K], contiguous
     ) -> None:
-        """The routes of one step's tokens."""
-        if self._blocks is None:
-            self._shape, self._dtype = routes.shape[1:], routes.dtype
-            row = np.dtype((np.void, routes[0].nbytes))
-            self._blocks = np.empty((self._num_blocks, self._block_size), row)
-        self._blocks.reshape(-1)[slots] = routes.reshape(-1).view(self._blocks.dtype)
+        """The routes of one step's tokens. The arrays have to stay as they are until nothing here refers to them."""
+        self._pending.append((slots, routes))
+        if len(self._pending) >= _PENDING_STEPS:
+            self._writing.append(self._writer.submit(self._write, self._pending))
+            self._pending = []
 
     def copy_block(self, source: int, destination: int) -> None:
         """Follows a copy of one cache block to another."""
+        self._finish_writing()
         if self._blocks is not None:
             self._blocks[destination] = self._blocks[source]
 
-    def read(self, blocks: Sequence[int], start: int, stop: int) -> np.ndarray:
-        """Rows [stop - start, L, K] of the positions `start` to `stop` of a sequence in these blocks; a copy."""
+    def read(self, stretches: Sequence[Stretch]) -> list[np.ndarray]:
+        """Rows [stop - start, L, K] of each: views of one copy."""
+        self._finish_writing()
         if self._blocks is None:
             raise ValueError("no routes have been written yet")
-        first = start // self._block_size
-        needed = np.asarray(blocks[first : -(-stop // self._block_size)], np.int64)
-        rows = self._blocks[needed].reshape(-1)[start - first * self._block_size : stop - first * self._block_size]
-        return rows.view(self._dtype).reshape(-1, *self._shape)
+        size, needed, places = self._block_size, [], []
+        for blocks, start, stop in stretches:
+            first = start // size
+            place = len(needed) * size + start - first * size
+            places.append((place, place + stop - start))
+            needed += blocks[first : -(-stop // size)]
+        rows = self._blocks[needed].view(self._dtype).reshape(-1, *self._shape)
+        return [rows[first:stop] for first, stop in places]
+
+    def _finish_writing(self) -> None:
+        for writing in self._writing:
+            writing.result()
+        self._writing.clear()
+        if self._pending:
+            self._write(self._pending)
+            self._pending = []
+
+    def _write(self, steps: list[_Step]) -> None:
+        """Of two rows for one slot the later stays: numpy assigns in order."""
+        routes = steps[0][1]
+        if self._blocks is None:
+            self._shape, self._dtype = routes.shape[1:], routes.dtype
+            self._blocks = np.empty((self._num_blocks, self._block_size), np.dtype((np.void, routes[0].nbytes)))
+        rows = np.concatenate([routes.reshape(-1) for _, routes in steps]).view(self._blocks.dtype)
+        self._blocks.reshape(-1)[np.concatenate([slots for slots, _ in steps])] = rows

@@ -2,8 +2,8 @@
 and the routes of the step's tokens.
 
 On a GPU the kernels that draw also pack (`rollout/vllm_plugin/draw.py`); on a CPU `pack_on_cpu` reads what vLLM's
-sampler has left. Either way the supports come as one run of ids. A row that does not fit in its room leaves a bit per
-id of the vocabulary instead: no bound changes a record.
+sampler has left. A row whose support does not fit in the room for ids leaves a bit per id of the vocabulary instead: no
+bound changes a record.
 
 Shapes: B = rows, V = vocabulary, N = ids of all supports, T = tokens, L = decoder layers, K = experts per token.
 """
@@ -36,23 +36,50 @@ class StepRoutes(NamedTuple):
     routes: np.ndarray  # uint8 | uint16 [T, L, K]
 
 
-class StepRecord(NamedTuple):
-    """One step on the host. The arrays may be views of memory that is used again once nothing here refers to it."""
-
-    logprobs: np.ndarray  # float32 [B]
-    sets: StepSets | None
-    """Rows that do not truncate, or have sampled nothing, are empty; None if no row of the step is recorded."""
-    routes: StepRoutes | None
-
-
 class Layout(NamedTuple):
     """Where the parts of a packed step begin, counted in int32; each from 16 bytes on."""
 
-    logprobs: int
-    """Float32 [B]. The sizes of the supports come first: int32 [B], negative where the ids are elsewhere."""
+    starts: int
+    """Int32 [B]: where each support lies among the ids. The sizes are the first part: int32 [B], negative where the ids
+    are elsewhere."""
+    logprobs: int  # float32 [B]
     slots: int  # int64 [T]
     routes: int  # [T, L, K]
     ids: int  # int32 [N]
+
+
+class StepRecord(NamedTuple):
+    """One step on the host. Its arrays are views of memory that is used again once nothing here refers to it."""
+
+    packed: np.ndarray  # int32
+    layout: Layout
+    num_rows: int
+    route_shape: tuple[int, ...]
+    route_dtype: np.dtype
+    completed: StepSets | None
+    """The supports, if the packed ones are not complete."""
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """Float32 [B]."""
+        return self.packed[self.layout.logprobs : self.layout.logprobs + self.num_rows].view(np.float32)
+
+    @property
+    def sets(self) -> StepSets | None:
+        """None if no row of the step is recorded. Rows that do not truncate, or have sampled nothing, are empty."""
+        packed, at = self.packed, self.layout
+        if self.completed is not None or len(packed) == at.ids:
+            return self.completed
+        return StepSets(packed[at.ids :], packed[: self.num_rows], packed[at.starts : at.starts + self.num_rows])
+
+    @property
+    def routes(self) -> StepRoutes | None:
+        """None without routes."""
+        if not self.route_shape:
+            return None
+        slots = self.packed[self.layout.slots : self.layout.routes].view(np.int64)[: self.route_shape[0]]
+        ids = self.packed[self.layout.routes : self.layout.ids].view(self.route_dtype)[: math.prod(self.route_shape)]
+        return StepRoutes(slots, ids.reshape(self.route_shape))
 
 
 class PackedStep(NamedTuple):
@@ -74,44 +101,35 @@ class PackedStep(NamedTuple):
         return self._replace(packed=self.packed.to("cpu", non_blocking=True))
 
     def tolists(self, num_sampled: np.ndarray | None = None) -> StepRecord:
-        """The step's arrays, once the copy is done."""
-        packed, at = self.packed.numpy(), self.layout
-        sizes, ids = packed[: self.num_rows], packed[at.ids :]
-        sets = None
-        if len(ids):
-            sets = StepSets(ids[: int(sizes.sum())], sizes) if sizes.min() >= 0 else self._complete(ids, sizes)
-        logprobs = packed[at.logprobs : at.logprobs + self.num_rows].view(np.float32)
-        return StepRecord(logprobs, sets, self._view_routes(packed) if self.route_shape else None)
+        """The step on the host, once the copy is done."""
+        packed, completed = self.packed.numpy(), None
+        if self.bits is not None and packed[: self.num_rows].min() < 0:
+            completed = self._complete(packed)
+        return StepRecord(packed, self.layout, self.num_rows, self.route_shape, self.route_dtype, completed)
 
-    def _view_routes(self, packed: np.ndarray) -> StepRoutes:
-        slots = packed[self.layout.slots : self.layout.routes].view(np.int64)[: self.route_shape[0]]
-        ids = packed[self.layout.routes : self.layout.ids].view(self.route_dtype)[: math.prod(self.route_shape)]
-        return StepRoutes(slots, ids.reshape(self.route_shape))
-
-    def _complete(self, ids: np.ndarray, signed: np.ndarray) -> StepSets:
-        """Takes the rows that had no room from the vocabulary's bits."""
+    def _complete(self, packed: np.ndarray) -> StepSets:
+        """Takes the rows that had no room from the vocabulary's bits, and puts them behind the others."""
         assert self.bits is not None
-        sizes = np.abs(signed)
-        ends = np.cumsum(sizes, dtype=np.int64)
-        missing = np.empty(max(ends[-1] - len(ids), 0), np.int32)
-        rows = np.split(np.concatenate([ids, missing])[: ends[-1]], ends[:-1])
-        incomplete = np.flatnonzero(signed < 0)
+        ids, sizes, at = packed[self.layout.ids :], packed[: self.num_rows], self.layout.starts
+        missing = np.flatnonzero(sizes < 0)
         # Beside the default stream, where this would wait for the step in progress.
         with torch.cuda.stream(torch.cuda.Stream() if self.bits.is_cuda else None):
-            bits = self.bits[torch.from_numpy(incomplete).to(self.bits.device)].cpu().numpy()
-        for row, flags in zip(incomplete.tolist(), bits, strict=True):
-            rows[row] = np.flatnonzero(np.unpackbits(flags, bitorder="little")).astype(np.int32)
-        return StepSets(np.concatenate(rows), sizes)
+            bits = self.bits[torch.from_numpy(missing).to(self.bits.device)].cpu().numpy()
+        rows = [np.flatnonzero(np.unpackbits(flags, bitorder="little")).astype(np.int32) for flags in bits]
+        sizes, starts = np.abs(sizes), packed[at : at + self.num_rows].astype(np.int64)
+        starts[missing] = len(ids) + np.cumsum(sizes[missing]) - sizes[missing]
+        return StepSets(np.concatenate([ids, *rows]), sizes, starts)
 
 
 def lay_out(buffers: RouteBuffers | None, num_rows: int, num_tokens: int) -> Layout:
     """Of a step with `num_rows` rows and, with `buffers`, the routes of `num_tokens` tokens."""
-    slots = 2 * _rounded(num_rows)
+    starts = _rounded(num_rows)
+    logprobs, slots = 2 * starts, 3 * starts
     if buffers is None:
-        return Layout(slots // 2, slots, slots, slots)
+        return Layout(starts, logprobs, slots, slots, slots)
     routes = slots + _rounded(2 * num_tokens)
     num_bytes = num_tokens * buffers.ids[0].numel() * buffers.dtype.itemsize
-    return Layout(slots // 2, slots, routes, routes + _rounded(-(-num_bytes // 4)))
+    return Layout(starts, logprobs, slots, routes, routes + _rounded(-(-num_bytes // 4)))
 
 
 def name_parts(
@@ -142,7 +160,9 @@ def pack_on_cpu(
     packed = np.zeros(layout.ids + len(ids), np.int32)
     packed[layout.ids :] = ids
     if truncates is not None:
-        packed[rows] = kept.sum(-1)
+        sizes = packed[:num_rows]
+        sizes[rows] = kept.sum(-1)
+        packed[layout.starts : layout.starts + num_rows] = np.cumsum(sizes) - sizes
     logprobs = logits.gather(-1, sampled[:, None])[:, 0] - logits.logsumexp(-1)
     packed[layout.logprobs : layout.logprobs + num_rows] = logprobs.numpy().view(np.int32)
     if buffers is not None:

@@ -1,7 +1,7 @@
 """Truncation and the draw by walks over a whole row, in Triton: for the rows whose candidates are not all gathered.
 
 One program walks a row some twenty times. Means the same as the functions of `order_kernels.py`, which see all of a row
-at once; here a walk settles two bits of the order. Used by `draw_kernels.py` and `support_kernels.py`.
+at once; here a walk settles two bits of the order. Used by `draw_kernels.py`.
 """
 
 # ruff: noqa: PLR0913  the parameters are the kernels' own

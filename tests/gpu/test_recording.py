@@ -8,8 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from tests.rollout.test_draw import ROWS, compare, draws_routes
+from rollout.vllm_plugin.draw import Rows
+from rollout.vllm_plugin.launch import Launcher
+from tests.rollout.test_draw import ROUTES, check, compare, draws_routes, make_drawer, make_rows, read
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -18,18 +21,66 @@ VOCAB_SIZE = 100_003  # ten chunks of a row, the last one not full
 
 def test_draws() -> None:
     pytest.importorskip("vllm")
-    results = compare(torch.device("cuda"), VOCAB_SIZE)
-    assert set(results) == set(ROWS)
-    for name, (is_right, as_vllm, as_stand_in, was_walked, error) in results.items():
-        assert is_right and as_vllm and as_stand_in and error < 1e-5, name
-        assert was_walked == ("below the cut" in name), name
+    check(compare(torch.device("cuda"), VOCAB_SIZE))
 
 
-@pytest.mark.parametrize("num_experts", [200, 300])
-@pytest.mark.parametrize("num_tokens", [1, 3, 40])
-def test_routes(num_experts: int, num_tokens: int) -> None:
+@pytest.mark.parametrize(("num_experts", "num_tokens", "records"), ROUTES)
+def test_routes(num_experts: int, num_tokens: int, records: bool) -> None:
     pytest.importorskip("vllm")
-    assert draws_routes(torch.device("cuda"), VOCAB_SIZE, num_experts, num_tokens)
+    assert draws_routes(torch.device("cuda"), VOCAB_SIZE, num_experts, num_tokens, records=records)
+
+
+def lay_logits(logits: Tensor, kind: str) -> Tensor:
+    """The same values elsewhere in memory, or in another dtype."""
+    num_rows, vocab_size = logits.shape
+    if kind == "aligned":
+        return logits.cuda()
+    if kind == "rows at multiples of 64 bytes":
+        wide = torch.empty(num_rows, -(-vocab_size // 16) * 16, device="cuda")
+        wide[:, :vocab_size] = logits
+        return wide[:, :vocab_size]
+    if kind == "bfloat16":
+        return logits.cuda().bfloat16()
+    store = torch.empty(logits.numel() + 1, device="cuda")
+    store[1:] = logits.flatten()
+    return store[1:].view(logits.shape)
+
+
+def move(tensor: Tensor) -> Tensor:
+    """The same values at an address that is no multiple of 16 bytes."""
+    store = torch.empty(len(tensor) + 1, dtype=tensor.dtype, device="cuda")
+    store[1:] = tensor
+    return store[1:]
+
+
+def test_launches_of_what_is_compiled() -> None:
+    """One drawer's second launch of each kind, and third, draws and records as the first of a drawer of its own."""
+    pytest.importorskip("vllm")
+    rows, settings = make_rows(VOCAB_SIZE)
+    device, kinds = torch.device("cuda"), ("aligned", "misaligned", "rows at multiples of 64 bytes", "bfloat16")
+    drawer = make_drawer(settings, VOCAB_SIZE, device)
+    logits = {kind: lay_logits(rows.logits, kind) for kind in kinds}
+    assert logits["aligned"].data_ptr() % 16 == 0 and logits["misaligned"].data_ptr() % 16
+    for kind in kinds * 3:
+        for place in (Tensor.cuda, move):
+            there = Rows(logits[kind], *(place(tensor) for tensor in rows[1:]))
+            tokens, step = drawer(there, 0, truncates=True, records=True)
+            wanted, step_wanted = make_drawer(settings, VOCAB_SIZE, device)(there, 0, truncates=True, records=True)
+            record, record_wanted = read(step), read(step_wanted)
+            assert torch.equal(tokens, wanted) and np.array_equal(record.logprobs, record_wanted.logprobs)
+            assert all(map(np.array_equal, record.supports, record_wanted.supports))
+    assert [len(launcher._compiled) for launcher in (drawer._guess, drawer._scan, drawer._draws[1])] == [len(kinds)] * 3
+
+
+def test_a_specialised_argument_is_refused() -> None:
+    pytest.importorskip("vllm")
+    rows, settings = make_rows(VOCAB_SIZE)
+    drawer = make_drawer(settings, VOCAB_SIZE, torch.device("cuda"))
+    guess = drawer._guess
+    careless = Launcher(guess._kernel, guess._stays, guess._constants, ())
+    logits, slots = rows.logits.cuda(), rows.slots.cuda()
+    with pytest.raises(TypeError, match="specialised by logits_ptr"):
+        careless((1, 1, 1), 0, (logits, slots), (logits.stride(0),))
 
 
 def test_an_engine_short_of_room(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 """The kernels that draw on a GPU, through Triton's interpreter: tokens against vLLM's own kernel and its CPU stand-in,
-kept sets and log-probabilities against the definition in float64; and compiled for an H100.
+kept sets and log-probabilities against the definition in float64; routes; and compiled for an H100.
 
 Triton reads TRITON_INTERPRET when it is imported and then compiles nothing, so each half runs in a process of its own:
 this file run as a module with the half's name.
@@ -21,7 +21,8 @@ from torch import Tensor
 from rollout.vllm_plugin import draw
 from rollout.vllm_plugin.draw import Rows, Settings, StepDrawer
 from rollout.vllm_plugin.kernels_sample import gumbel_noise
-from rollout.vllm_plugin.support import PackedStep, StepRecord
+from rollout.vllm_plugin.step_log import StepSets
+from rollout.vllm_plugin.support import PackedStep
 from tests.rollout.test_support import make_buffers
 from tests.triton_process import run_half
 
@@ -67,11 +68,13 @@ ROWS = {
     "below the cut, ties": Row(1.5, 0.8, 0.4, step=0.5),
     "greedy, below the cut": Row(1, 0.99, temperature=0.0),
     "below the cut, all of it": Row(1, 1 - 1e-7),
-    "behind the others": Row(5, 0.9),
+    "samples nothing, below the cut": Row(0.5, 0.5, is_sampled=False),
+    "no truncation, samples nothing": Row(3, is_sampled=False),
+    "the last": Row(5, 0.9),
 }
-"""The last row finds no room for its ids, so many are kept before."""
-
 NUM_PLAIN = 7  # rows of each kind but the walked ones
+FEW = [*range(NUM_PLAIN), list(ROWS).index("below the cut, top-p"), len(ROWS) - 1]
+"""Rows with one walked among them."""
 
 
 def make_rows(vocab_size: int) -> tuple[Rows, Settings]:
@@ -98,12 +101,53 @@ def make_rows(vocab_size: int) -> tuple[Rows, Settings]:
     return Rows(logits, slots, positions, num_sampled), settings
 
 
-def make_drawer(settings: Settings, vocab_size: int, device: torch.device, buffers: Any = None) -> StepDrawer:
+def make_drawer(settings: Settings, vocab_size: int, device: torch.device, **options: Any) -> StepDrawer:
     """With these settings."""
-    drawer = StepDrawer(max_rows=len(ROWS), vocab_size=vocab_size, device=device, buffers=buffers)
+    options = {"buffers": None, **options}
+    drawer = StepDrawer(max_rows=len(ROWS), vocab_size=vocab_size, device=device, **options)
     for own, wanted in zip(drawer.settings, settings, strict=True):
         own.copy_(wanted)
     return drawer
+
+
+class Record(NamedTuple):
+    """A packed step, as its layout says."""
+
+    logprobs: np.ndarray  # float32 [B]
+    sizes: np.ndarray  # int32 [B]
+    supports: list[np.ndarray]  # B times int32
+    slots: np.ndarray  # int64 [T]
+    routes: np.ndarray  # uint8 | uint16 [T, L, K]
+
+
+def read(step: PackedStep) -> Record:
+    """Every support from where it lies. The ids of no two rows share a place."""
+    packed, at = step.packed.cpu().numpy(), step.layout
+    shape = step.route_shape or (0,)
+    slots = packed[at.slots : at.routes].view(np.int64)[: shape[0]]
+    routes = packed[at.routes : at.ids].view(step.route_dtype)[: int(np.prod(shape))].reshape(shape)
+    logprobs = packed[at.logprobs :][: step.num_rows].view(np.float32)
+    sizes, starts = packed[: step.num_rows], packed[at.starts :][: step.num_rows]
+    if step.bits is None:
+        return Record(logprobs, sizes, [], slots, routes)
+    ids, is_taken, supports = packed[at.ids :], np.zeros(len(packed) - at.ids, int), []
+    for size, start, bits in zip(sizes, starts, step.bits.cpu().numpy(), strict=True):
+        found = np.flatnonzero(np.unpackbits(bits, bitorder="little")) if size < 0 else ids[start : start + size]
+        assert len(found) == abs(size)
+        is_taken[start : start + max(size, 0)] += 1
+        supports.append(found)
+    assert is_taken.max() == 1
+    return Record(logprobs, sizes, supports, slots, routes)
+
+
+def arrive(step: PackedStep) -> StepSets:
+    """The supports as the host has them."""
+    on_host = step.to_cpu_nonblocking()
+    if step.packed.is_cuda:
+        torch.cuda.synchronize()
+    sets = on_host.tolists().sets
+    assert sets is not None
+    return sets
 
 
 class Drawn(NamedTuple):
@@ -112,45 +156,52 @@ class Drawn(NamedTuple):
     rows: Rows
     settings: Settings  # by row
     tokens: np.ndarray
-    record: StepRecord
-    walked: np.ndarray  # bool: whether the row had to be walked
-    plain: StepRecord
-    """Log-probabilities of the first rows, recorded without supports."""
+    record: Record
+    plain: Record
+    """The first rows, recorded without supports."""
 
 
 def draw_all(device: torch.device, vocab_size: int) -> Drawn:
-    """Every row through the kernels of `device`."""
+    """Every row through the kernels of `device`; some once more without room for all ids, and without recording any."""
     rows, settings = make_rows(vocab_size)
-    drawer = make_drawer(settings, vocab_size, device)
     there = Rows(*(tensor.to(device) for tensor in rows))
+    drawer = make_drawer(settings, vocab_size, device)
     tokens, step = drawer(there, 0, truncates=True, records=True)
-    walked = (drawer._scratch.sizes < 0).cpu().numpy()
-    assert step.packed[len(ROWS) - 1] < 0 and not walked[-1]
+    record = read(step)
+    check_short(record, tokens, there, settings)
     some = Rows(*(tensor[:NUM_PLAIN] for tensor in there))
     again, plain = drawer(some, 0, truncates=True, records=False)
     assert torch.equal(tokens[:NUM_PLAIN], again) and torch.equal(there.logits.cpu(), rows.logits)
     by_row = Settings(*(setting[rows.slots] for setting in settings))
-    return Drawn(rows, by_row, tokens.cpu().numpy(), arrive(step), walked, arrive(plain))
+    return Drawn(rows, by_row, tokens.cpu().numpy(), record, read(plain))
 
 
-def arrive(step: PackedStep) -> StepRecord:
-    """The step, once it is on the host."""
-    on_host = step.to_cpu_nonblocking()
-    if step.packed.is_cuda:
-        torch.cuda.synchronize()
-    return on_host.tolists()
+def check_short(record: Record, tokens: Tensor, there: Rows, settings: Settings) -> None:
+    """Draws a few rows with room for half of their ids. Asserts that nothing but the place of some is another."""
+    sizes, vocab_size, device = record.sizes[FEW], there.logits.shape[1], there.logits.device
+    fits = sizes > 0
+    room = int(max(sizes.max(), sizes[fits].sum() // 2))
+    drawer = make_drawer(settings, vocab_size, device, room_per_row=-(-room // len(FEW)))
+    for _ in range(2):  # the second step finds as much room as the first
+        again, step = drawer(Rows(*(tensor[FEW] for tensor in there)), 0, truncates=True, records=True)
+        short = read(step)
+        assert torch.equal(tokens[FEW], again) and np.array_equal(record.logprobs[FEW], short.logprobs)
+        assert all(map(np.array_equal, [record.supports[i] for i in FEW], short.supports))
+        sets = arrive(step)
+        on_host = [sets.ids[start : start + size] for start, size in zip(sets.starts, sets.sizes, strict=True)]
+        assert all(map(np.array_equal, on_host, short.supports))
+        assert (short.sizes[fits] < 0).any() and (short.sizes[fits] > 0).any()
+        assert np.array_equal(short.sizes[~fits], sizes[~fits]) and sizes.min() < 0
 
 
 def compare(device: torch.device, vocab_size: int) -> dict[str, Any]:
     """By row: whether the kept set is what it should be, whether vLLM's kernel and its stand-in draw the same token,
-    whether the row was walked, and the error of the log-probability."""
-    rows, settings, tokens, record, walked, plain = draw_all(device, vocab_size)
-    assert record.sets is not None and plain.sets is None
-    kept = np.split(record.sets.ids, np.cumsum(record.sets.sizes)[:-1])
+    whether a bit per id was recorded, and the error of the log-probability."""
+    rows, settings, tokens, record, plain = draw_all(device, vocab_size)
     scaled = rows.logits / torch.where(settings.temperature == 0, 1, settings.temperature)[:, None]
     masked = torch.full_like(scaled, -torch.inf)
     sets_are_right = []
-    for line, left, ids, row in zip(scaled.numpy(), masked.numpy(), kept, ROWS.values(), strict=True):
+    for line, left, ids, row in zip(scaled.numpy(), masked.numpy(), record.supports, ROWS.values(), strict=True):
         order, least, most = find_support(line, row)
         truncates = row.top_p < 1 or row.top_k > 0
         is_right = (len(ids) > 0) == (row.is_sampled and truncates)
@@ -164,8 +215,16 @@ def compare(device: torch.device, vocab_size: int) -> dict[str, Any]:
     vllms = draw_as_vllm(masked, rows, settings, device)
     on_host = [draw_on_host(masked[i].numpy(), settings, int(rows.positions[i]), i) for i in range(len(ROWS))]
     same = (tokens == vllms).tolist(), (tokens == on_host).tolist()
-    columns = sets_are_right, *same, walked.tolist(), errors.tolist()
+    columns = sets_are_right, *same, (record.sizes < 0).tolist(), errors.tolist()
     return {name: list(column) for name, *column in zip(ROWS, *columns, strict=True)}
+
+
+def check(results: dict[str, Any]) -> None:
+    """That `compare` has found every row as it should be."""
+    assert set(results) == set(ROWS)
+    for name, (is_right, as_vllm, as_stand_in, has_bits, error) in results.items():
+        assert is_right and as_vllm and as_stand_in and error < 1e-5, name
+        assert has_bits == (name.startswith("below the cut") or name == "greedy, below the cut"), name
 
 
 def find_support(logits: np.ndarray, row: Row) -> tuple[np.ndarray, int, int]:
@@ -199,23 +258,31 @@ def draw_on_host(masked: np.ndarray, settings: Settings, position: int, row: int
     return int(ids[scores.argmax()])
 
 
-def draws_routes(device: torch.device, vocab_size: int, num_experts: int, num_tokens: int) -> bool:
-    """Whether routes and slots arrive, beside supports."""
+def draws_routes(device: torch.device, vocab_size: int, num_experts: int, num_tokens: int, *, records: bool) -> bool:
+    """Whether routes and slots arrive as they are, and the rest as it does without them."""
     buffers = make_buffers(num_experts)
-    rows, settings = make_rows(vocab_size)
     there = buffers._replace(slots=buffers.slots.to(device), ids=buffers.ids.to(device))
-    drawer = make_drawer(settings, vocab_size, device, there)
-    step = arrive(
-        drawer(Rows(*(tensor[:3].to(device) for tensor in rows)), num_tokens, truncates=True, records=True)[1]
-    )
-    assert step.routes is not None and step.sets is not None
+    rows, settings = make_rows(vocab_size)
+    few = Rows(*(tensor[:3].to(device) for tensor in rows))
+    drawn = []
+    for options in ({"buffers": there}, {}):
+        drawer = make_drawer(settings, vocab_size, device, **options)
+        tokens, step = drawer(few, num_tokens, truncates=True, records=records)
+        drawn.append((tokens, read(step)))
+    (tokens, record), (tokens_alone, alone) = drawn
     return bool(
-        step.routes.routes.dtype == buffers.dtype
-        and np.array_equal(step.routes.slots, buffers.slots[:num_tokens])
-        and np.array_equal(step.routes.routes, buffers.ids[:num_tokens])
-        and step.sets.sizes.min() > 0
-        and len(step.sets.ids) == step.sets.sizes.sum()
+        record.routes.dtype == buffers.dtype
+        and np.array_equal(record.slots, buffers.slots[:num_tokens])
+        and np.array_equal(record.routes, buffers.ids[:num_tokens])
+        and torch.equal(tokens, tokens_alone)
+        and np.array_equal(record.logprobs, alone.logprobs)
+        and len(record.supports) == len(alone.supports) == (3 if records else 0)
+        and all(map(np.array_equal, record.supports, alone.supports))
     )
+
+
+ROUTES = [(experts, tokens, records) for experts in (200, 300) for tokens in (3, 40) for records in (True, False)]
+"""The last arguments of `draws_routes`; three rows draw."""
 
 
 def interpret() -> dict[str, Any]:
@@ -225,11 +292,10 @@ def interpret() -> dict[str, Any]:
         (draw.GUESS, {"SAMPLE": 512, "PIECE": 16}),
         (draw.SCAN, {"CHUNK": 1024, "BLOCK": 256}),
         (draw.DRAW, {"ROOM": 1024, "BLOCK": 512}),
-        (draw.PACK, {"WIDTH": 1024, "BLOCK": 256}),
     ):
         sizes.update(smaller)
     cpu, vocab_size = torch.device("cpu"), 5_003  # five chunks of a row, the last one not full
-    routes = [draws_routes(cpu, vocab_size, experts, tokens) for experts in (200, 300) for tokens in (1, 3, 40)]
+    routes = [draws_routes(cpu, vocab_size, experts, tokens, records=records) for experts, tokens, records in ROUTES]
     return {"rows": compare(cpu, vocab_size), "routes": routes}
 
 
@@ -240,18 +306,17 @@ def compile_kernels() -> dict[str, int]:
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
     from triton.compiler import ASTSource  # pyright: ignore[reportMissingImports]
 
-    from rollout.vllm_plugin import draw_kernels, support_kernels
+    from rollout.vllm_plugin import draw_kernels
 
-    floats = ("logits", "temperature", "top_p", "cuts", "sums", "bests", "thetas")
+    floats = ("logits", "temperature", "top_p", "cuts", "sums", "bests")
     pointers = {f"{name}_ptr": "*fp32" for name in floats} | {"bits_ptr": "*u8"}
     pointers |= {f"{name}_ptr": "*i64" for name in ("seeds", "positions", "sampled", "cache_slots")}
-    scan, rows, pack = draw.SCAN, {**draw.DRAW, "CHUNKS": 15, "WORDS": 15 * draw.SCAN["CHUNK"] // 32}, draw.PACK
+    rows = {**draw.DRAW, "CHUNKS": 15, "WORDS": 15 * draw.SCAN["CHUNK"] // 32}
     variants: list[tuple[Any, dict[str, Any]]] = [
         (draw_kernels.guess_cuts, draw.GUESS),
-        (draw_kernels.scan_chunks, scan),
-        (draw_kernels.draw_rows, rows),
-        *((support_kernels.pack_step, {**pack, "RECORD": True, "ROUTE_BYTES": width}) for width in (0, 1, 2)),
-        (support_kernels.pack_step, {**pack, "RECORD": False, "ROUTE_BYTES": 1}),
+        (draw_kernels.scan_chunks, draw.SCAN),
+        *((draw_kernels.draw_rows, {**rows, "RECORD": True, "ROUTE_BYTES": width}) for width in (0, 1, 2)),
+        *((draw_kernels.draw_rows, {**rows, "RECORD": False, "ROUTE_BYTES": width}) for width in (0, 1)),
     ]
     sizes = {}
     for kernel, options in variants:
@@ -279,10 +344,7 @@ def show_triton_to_vllm() -> None:
 def test_the_kernels_through_the_interpreter() -> None:
     results = run_half(__name__, "interpret", interpret=True)
     assert all(results["routes"])
-    assert set(results["rows"]) == set(ROWS)
-    for name, (is_right, as_vllm, as_stand_in, was_walked, error) in results["rows"].items():
-        assert is_right and as_vllm and as_stand_in and error < 1e-5, name
-        assert was_walked == ("below the cut" in name), name
+    check(results["rows"])
 
 
 @needs_triton

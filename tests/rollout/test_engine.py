@@ -148,12 +148,14 @@ def test_cancelling_a_call_aborts_its_sequences_only(engine: Engine) -> None:
         with pytest.raises(asyncio.CancelledError):
             await doomed
         result = await kept
-        stats = engine.stats()
-        return stats.num_running + stats.num_waiting, result
+        steps = engine.stats().num_steps
+        while (stats := engine.stats()).num_running + stats.num_waiting:  # a result comes before its step has ended
+            await asyncio.sleep(0.001)
+        return stats.num_steps - steps, result
 
     before = engine.stats().num_finished
-    left, (completion,) = asyncio.run(run())
-    assert left == 0
+    steps_left, (completion,) = asyncio.run(run())
+    assert steps_left < 20  # the others would have 180
     assert completion.num_tokens == 60
     assert engine.stats().num_finished == before + 1
 

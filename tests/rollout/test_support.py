@@ -44,7 +44,7 @@ def test_supports_and_logprobs(name: str) -> None:
     np.testing.assert_allclose(step.logprobs, exact, atol=1e-5)
     assert step.sets is not None and step.sets.ids.dtype == np.int32
     recorded = truncates & (num_sampled.numpy() > 0)
-    rows = np.split(step.sets.ids, np.cumsum(step.sets.sizes)[:-1])
+    rows = [step.sets.ids[start : start + size] for start, size in zip(step.sets.starts, step.sets.sizes, strict=True)]
     for row, line, is_recorded in zip(rows, logits.numpy(), recorded, strict=True):
         np.testing.assert_array_equal(row, np.flatnonzero(np.isfinite(line)) if is_recorded else [])
 
