@@ -29,11 +29,15 @@ from grpo.parity import ParityError
 from grpo.preflight import check
 from grpo.train import train
 from rollout.types import Completion, GenerateRequest
+from rollout.vllm_plugin import register
 from rollout.weight_sync import WeightBucket, pack_buckets, unpack_bucket
 from rollout.worker import RolloutWorker
 from tests.toy import write_run
 
 REPOSITORY = Path(__file__).parents[1]
+NUM_STEPS = 8
+LONGER = {"run": {"steps": NUM_STEPS, "checkpoint_every": 2}, "sampling": {"max_new_tokens": 24}}
+"""Settings of the runs that are compared with one another."""
 
 
 class CorruptingWorker(RolloutWorker):
@@ -72,8 +76,8 @@ def test_a_corrupted_sync_is_caught_by_the_probe_and_stops_the_run(ray_address, 
 
 
 class PatientWorker(RolloutWorker):
-    """Ends no update before all groups of the next of two steps have been asked for, and holds the first probe's
-    samples back until a group has been drawn."""
+    """Ends no update before all groups of the next step have been asked for, and holds the first probe's samples back
+    until a group has been drawn."""
 
     num_updates = num_probes = num_groups = 0
 
@@ -81,7 +85,7 @@ class PatientWorker(RolloutWorker):
         self.group_came = asyncio.Event() if self.num_updates == 0 else self.group_came
         self.num_updates += 1
         async with asyncio.timeout(20):
-            while self.num_groups < 6 * min(self.num_updates, 2):
+            while self.num_groups < 6 * min(self.num_updates, NUM_STEPS):
                 await asyncio.sleep(0.01)
         await super().finish_weight_update(policy_version)
 
@@ -98,12 +102,16 @@ class PatientWorker(RolloutWorker):
         return completions
 
 
-def test_the_next_groups_are_asked_for_during_the_sync_and_drawn_beside_the_probe(ray_address, toy_model, tmp_path):
-    run_file = write_run(tmp_path, toy_model, cluster={"address": ray_address}, run={"steps": 2})
-    config = load_config(run_file)
-    train(config, run_file=run_file, worker_class=PatientWorker)
-    rows = read_metrics(config.run_dir)
-    assert [row["step"] for row in rows] == [0, 1, 2] and rows[-1]["train/staleness_max"] == 0
+@pytest.fixture(scope="module")
+def patient_run(ray_address: str, toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run."""
+    run_file = write_run(tmp_path_factory.mktemp("patient"), toy_model, cluster={"address": ray_address}, **LONGER)
+    return train(load_config(run_file), run_file=run_file, worker_class=PatientWorker)
+
+
+def test_the_next_groups_are_asked_for_during_the_sync_and_drawn_beside_the_probe(patient_run):
+    rows = read_metrics(patient_run)
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1)) and rows[-1]["train/staleness_max"] == 0
 
 
 def test_a_killed_worker_is_replaced_and_no_sample_is_lost_or_doubled(ray_address, toy_model, tmp_path):
@@ -161,24 +169,16 @@ def test_in_flight_updates_keep_the_bound_and_the_records(ray_address, toy_model
     assert all(abs(row["train/ratio_mean"] - 1) < 0.05 for row in rows)
 
 
-def test_stopped_and_killed_runs_resume_bit_equal_to_an_uninterrupted_one(ray_address, toy_model, tmp_path):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    settings = {
-        "run": {"steps": 8, "checkpoint_every": 2},
-        "cluster": {"address": ray_address},
-        "sampling": {"max_new_tokens": 24},
-    }
-    for folder in (straight, broken):
-        folder.mkdir()
-    run_file = write_run(straight, toy_model, **_own_folder(settings, straight))
-    train(load_config(run_file), run_file=run_file)
-    run_file = write_run(broken, toy_model, **_own_folder(settings, broken))
+def test_stopped_and_killed_runs_resume_bit_equal_to_an_uninterrupted_one(
+    patient_run, ray_address, toy_model, tmp_path
+):
+    run_file = write_run(tmp_path, toy_model, cluster={"address": ray_address}, **LONGER)
     run_dir = load_config(run_file).run_dir
 
     interrupted = _run_and_signal(run_file, signal.SIGINT, lambda: _last_step(run_dir) >= 1)
     assert interrupted.returncode == 0 and "continue with --resume" in interrupted.stdout
     stopped_at = read_trainer_state(list_checkpoints(run_dir)[-1]).step
-    assert 1 <= stopped_at < 8
+    assert 1 <= stopped_at < NUM_STEPS
 
     killed = _run_and_signal(run_file, signal.SIGKILL, lambda: _last_step(run_dir) > max(2, stopped_at), "--resume")
     assert killed.returncode == -signal.SIGKILL
@@ -187,9 +187,9 @@ def test_stopped_and_killed_runs_resume_bit_equal_to_an_uninterrupted_one(ray_ad
     last = read_trainer_state(list_checkpoints(run_dir)[-1]).step
 
     train(load_config(run_file), run_file=run_file, resume=True)
-    assert last < 8 and not half.exists()
-    expected, rows = read_metrics(straight / "runs" / "toy"), read_metrics(run_dir)
-    assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(9))
+    assert last < NUM_STEPS and not half.exists()
+    expected, rows = read_metrics(patient_run), read_metrics(run_dir)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(NUM_STEPS + 1))
     for row, wanted in zip(rows[1:], expected[1:], strict=True):
         for key in (
             "train/reward",
@@ -200,12 +200,8 @@ def test_stopped_and_killed_runs_resume_bit_equal_to_an_uninterrupted_one(ray_ad
             "train/ratio_mean",
         ):
             assert row[key] == wanted[key], f"step {row['step']}: {key}"
-    models = [load_file(folder / "runs" / "toy" / "model" / "model.safetensors") for folder in (straight, broken)]
+    models = [load_file(folder / "model" / "model.safetensors") for folder in (patient_run, run_dir)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
-
-
-def _own_folder(settings: dict, folder: Path) -> dict:
-    return {**settings, "run": {**settings["run"], "output_dir": str(folder / "runs")}}
 
 
 def _last_step(run_dir: Path) -> int:
@@ -231,13 +227,15 @@ def _run_and_signal(
 
 
 class WaitingWorker(RolloutWorker):
-    """Comes up when a file lies beside the model."""
+    """Comes up when a file lies beside the model; there vLLM has its cache, too."""
 
     def __init__(self, model_path: str, *arguments: Any, **keywords: Any) -> None:
-        while not (Path(model_path).parent / "come-up").exists():
+        self._folder = Path(model_path).parent
+        os.environ["VLLM_CACHE_ROOT"] = str(self._folder / "cache")
+        register()  # imports vLLM, which takes longest, while the learner reads its model
+        while not (self._folder / "come-up").exists():
             time.sleep(0.02)
         super().__init__(model_path, *arguments, **keywords)
-        self._folder = Path(model_path).parent
 
     async def begin_weight_update(self) -> None:
         (self._folder / "frozen").write_text(str(gc.get_freeze_count()))
@@ -257,13 +255,15 @@ def test_the_learner_takes_its_gpu_memory_after_the_engines_have(ray_address, to
             await asyncio.sleep(0.02)
         (rank,) = cluster._ranks
         await rank.free_address.remote()  # answers when it has read the model
-        await asyncio.sleep(2)
+        await asyncio.sleep(0.5)
         with pytest.raises(RayTaskError, match="no attribute '_learner'"):
             await rank.policy_version.remote()
         (tmp_path / "come-up").touch()
         await starting
         assert (await cluster.sync_weights()).policy_version == 0
         assert int((tmp_path / "frozen").read_text()) > 100_000, "modules must not be searched for garbage in a step"
+        # vLLM keeps what another process has told it about a model: here there is nothing to keep.
+        assert not list(tmp_path.glob("cache/modelinfos/*")), "the model was looked at in a process of its own"
 
     try:
         asyncio.run(bring_up())

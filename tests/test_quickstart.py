@@ -16,25 +16,28 @@ QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 
 
 @pytest.fixture(scope="module")
-def base_model(tmp_path_factory) -> Path:
-    """The quickstart's own recipe, run in this process."""
+def base_model(request, tmp_path_factory) -> Path:
+    """The quickstart's own recipe, run in this process: the whole of it, or about half of its batches."""
     specification = importlib.util.spec_from_file_location("base_model", QUICKSTART / "base_model.py")
     assert specification is not None and specification.loader is not None
     recipe = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(recipe)
+    if request.param == "half":
+        vars(recipe).update(CORRECT_BATCHES=500, CARELESS_BATCHES=120)
     path = tmp_path_factory.mktemp("quickstart") / "base"
     recipe.build(path)
     return path
 
 
 @pytest.mark.parametrize(
-    ("ahead", "steps", "reached"),
+    ("base_model", "ahead", "steps", "reached"),
     [
-        pytest.param(0, 12, 0.75, id="synchronous"),
-        pytest.param(2, 16, 0.7, id="two ahead", marks=pytest.mark.slow),
+        pytest.param("half", 0, 12, 0.75, id="synchronous"),
+        pytest.param("whole", 2, 16, 0.7, id="two ahead", marks=pytest.mark.slow),
     ],
+    indirect=["base_model"],
 )
-def test_the_reward_rises(ahead, steps, reached, base_model, ray_address, tmp_path):
+def test_the_reward_rises(base_model, ahead, steps, reached, ray_address, tmp_path):
     overrides = {
         "run.steps": steps,
         "run.eval_every": steps,

@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,3 +21,18 @@ def run_half(module: str, half: str, *, interpret: bool) -> Any:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+class Halves(NamedTuple):
+    """What both halves of a test print."""
+
+    interpreted: Any
+    compiled: Any
+
+
+def run_halves(module: str) -> Halves:
+    """Its halves `interpret` and `compile_kernels`, side by side."""
+    with ThreadPoolExecutor() as threads:
+        interpreted = threads.submit(run_half, module, "interpret", interpret=True)
+        compiled = threads.submit(run_half, module, "compile_kernels", interpret=False)
+        return Halves(interpreted.result(), compiled.result())

@@ -17,7 +17,7 @@ from torch import Tensor
 from grpo.layers.attention import PackedLayout, set_attention
 from grpo.layers.experts import _combine, _spread, _swiglu, _swiglu_grad
 from tests.moe_models import build_model
-from tests.triton_process import run_half
+from tests.triton_process import Halves, run_halves
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -167,25 +167,25 @@ def compile_kernels() -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
-    return run_half(__name__, "interpret", interpret=True)
+def halves() -> Halves:
+    return run_halves(__name__)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "experts"])
-def test_interpreted_kernels_equal_the_plain_layer(interpreted: dict[str, dict[str, float]], name: str) -> None:
-    assert len(interpreted[name]) >= 6
-    assert {key: error for key, error in interpreted[name].items() if not error < 1e-5} == {}
+def test_interpreted_kernels_equal_the_plain_layer(halves: Halves, name: str) -> None:
+    errors = halves.interpreted[name]
+    assert len(errors) >= 6
+    assert {key: error for key, error in errors.items() if not error < 1e-5} == {}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_residual_stream_is_never_rounded(interpreted: dict[str, dict[str, float]], name: str) -> None:
-    errors = interpreted[f"{name} stream"]  # a stream in bfloat16 would make them 0.3 and more
+def test_the_residual_stream_is_never_rounded(halves: Halves, name: str) -> None:
+    errors = halves.interpreted[f"{name} stream"]  # a stream in bfloat16 would make them 0.3 and more
     assert {key: error for key, error in errors.items() if not error < 0.02} == {}
 
 
-def test_every_kernel_compiles_for_an_h100() -> None:
-    sizes = run_half(__name__, "compile_kernels", interpret=False)
-    assert len(sizes) == 4 + 5 * 2 and min(sizes.values()) > 1000
+def test_every_kernel_compiles_for_an_h100(halves: Halves) -> None:
+    assert len(halves.compiled) == 4 + 5 * 2 and min(halves.compiled.values()) > 1000
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from tests.triton_process import run_half
+from tests.triton_process import Halves, run_halves
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -82,19 +82,19 @@ def compile_kernels() -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
-    return run_half(__name__, "interpret", interpret=True)
+def halves() -> Halves:
+    return run_halves(__name__)
 
 
-def test_interpreted_kernel_equals_float64(interpreted: dict[str, dict[str, float]]) -> None:
-    assert len(interpreted) == 2 * len(CASES)
-    for name, errors in interpreted.items():
+def test_interpreted_kernel_equals_float64(halves: Halves) -> None:
+    assert len(halves.interpreted) == 2 * len(CASES)
+    for name, errors in halves.interpreted.items():
         assert errors.pop("experts without rows") == 0, name
         assert errors and {key: error for key, error in errors.items() if not error < 1e-6} == {}, name
 
 
-def test_the_kernel_compiles_for_an_h100_and_two_programs_fit_a_multiprocessor() -> None:
-    used = run_half(__name__, "compile_kernels", interpret=False)
+def test_the_kernel_compiles_for_an_h100_and_two_programs_fit_a_multiprocessor(halves: Halves) -> None:
+    used = halves.compiled
     assert len(used) == 2 and 2 * (max(used.values()) + 1024) <= 228 * 1024
 
 

@@ -111,6 +111,7 @@ def test_a_function_that_cannot_be_loaded_there_is_the_same_error(ray_address: s
         on_ray(ray_address, lambda pool: pool.run_reward(spec, TASK, answers_of("x")), spec)
 
 
+@pytest.mark.slow
 def test_a_run_stops_past_its_drop_rate(ray_address: str, toy_model: Path, tmp_path: Path) -> None:
     run_file = write_run(tmp_path, toy_model, cluster={"address": ray_address, "reward_workers": 1})
     (tmp_path / "reward.py").write_text(TWO_IN_THREE_FAIL)

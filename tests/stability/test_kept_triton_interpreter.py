@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.triton_process import run_half
+from tests.triton_process import Halves, run_halves
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -199,8 +199,13 @@ def _tile(tile: Any) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    return run_half(__name__, "interpret", interpret=True)
+def halves() -> Halves:
+    return run_halves(__name__)
+
+
+@pytest.fixture
+def interpreted(halves: Halves) -> dict[str, Any]:
+    return halves.interpreted
 
 
 @pytest.mark.parametrize("name", [*SIZES, "small programs"])
@@ -227,9 +232,8 @@ def test_dense_steps_equal_their_torch_versions(interpreted: dict[str, Any]) -> 
     assert all(error < 1e-5 for error in interpreted["dense steps"].values())
 
 
-def test_every_kernel_compiles_for_an_h100() -> None:
-    sizes = run_half(__name__, "compile_kernels", interpret=False)
-    assert len(sizes) == 2 * (5 * 2 + 3) and min(sizes.values()) > 1000
+def test_every_kernel_compiles_for_an_h100(halves: Halves) -> None:
+    assert len(halves.compiled) == 2 * (5 * 2 + 3) and min(halves.compiled.values()) > 1000
 
 
 if __name__ == "__main__":
