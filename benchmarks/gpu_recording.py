@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_recording
     python -m benchmarks.gpu_recording --model moe-30b-6l
-    python -m benchmarks.gpu_recording --settings none both vllm
+    python -m benchmarks.gpu_recording --vllm
 
 256 concurrent sequences of 64 prompt and 256 new tokens from a random model, CUDA graphs on. Each setting is an engine
 of its own in a process of its own; all stand on the same GPU, and draw the same prompts in turn while the others rest:
@@ -12,11 +12,11 @@ of its own in a process of its own; all stand on the same GPU, and draw the same
 - `vllm`: vLLM's `LLM` with its own scheduler and its own recording, at top_k = 512, which it needs. Measured once.
 
 The nucleus widths are searched for sets of about 8 and 80 ids; the last row does not truncate. Every width is warmed up
-before it is measured. The engines take turns, and the threads that drive Keel's take them on one core, since cores are
-not equally fast on a shared machine. Where the host sets the pace, its speed changes by tens of percent within seconds;
-so "ratio" is the median over the repeats of one engine's tokens/s by those of `none` in the same turn. The fastest
-repeat of each is printed as well. "waits" is the time per step in which such a thread waits for the GPU: where there is
-none, the host sets the pace.
+before it is measured. Keel's engines draw the same batch at the same time, in turns of some steps: while one has its
+turn, the other rests, and only its own turns count. For where the host sets the pace, its speed changes by tens of
+percent within seconds. The threads that drive them share a core, since those of a shared machine are not equally fast.
+"ratio" is the median over the repeats of an engine's tokens/s by those of `none` in the same turns. "waits" is the time
+per step in which such a thread waits for the GPU: where there is none, the host sets the pace.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from multiprocessing.synchronize import Semaphore
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,12 +48,14 @@ from rollout.types import Completion, GenerateRequest, KeptSets
 NUM_SEQUENCES, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 256
 SET_SIZES = (8, 80)
 SEARCH_STEPS, SEARCH_TOKENS = 7, 12
-NUM_REPEATS = {"none": 21, "both": 21, "vllm": 1}
+NUM_REPEATS = 9
+TURN_STEPS = 32
 KV_CACHE_GIB = 4.0
 MEMORY_FRACTION = 0.2
 VLLM_TOP_K = 512
 
 _engine: Any = None
+_turns: Turns | None = None
 _waited_s = 0.0
 """How long this process's engine has waited for the GPU."""
 
@@ -64,14 +69,54 @@ class Drawn(NamedTuple):
     kept_mean: float
 
 
+class Turns:
+    """The turns of this process's engine: while it has one, the other's rests. Both take as many turns per batch."""
+
+    def __init__(self, mine: Semaphore, others: Semaphore) -> None:
+        self._mine, self._others = mine, others
+        self._num_steps = 0
+        self._num_left = 0
+        self._started = self.seconds = 0.0
+        """`seconds` is the time of this batch's turns so far."""
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """The last turn lasts until the batch is finished."""
+        self._num_left, self.seconds = NEW_TOKENS // TURN_STEPS, 0.0
+        self._begin()
+        yield
+        self._end()
+
+    def count_step(self) -> None:
+        """To be called before each step."""
+        if self._num_steps == TURN_STEPS and self._num_left:
+            self._end()
+            self._begin()
+        self._num_steps += 1
+
+    def _begin(self) -> None:
+        self._mine.acquire()
+        self._num_left -= 1
+        self._num_steps, self._started = 0, time.perf_counter()
+
+    def _end(self) -> None:
+        torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._started
+        self._others.release()
+
+
 def main() -> None:
     """Starts the engines side by side, lets them draw in turn, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="moe-1.1b")
-    parser.add_argument("--settings", nargs="+", choices=NUM_REPEATS, default=("none", "both"), help="at least these")
+    parser.add_argument("--vllm", action="store_true", help="measure vLLM's own recording too")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    pools = {name: ProcessPoolExecutor(1, context) for name in arguments.settings}
+    first, second = context.Semaphore(1), context.Semaphore(0)
+    turns = {"none": (first, second), "both": (second, first)}
+    pools = {name: ProcessPoolExecutor(1, context, take_turns, pair) for name, pair in turns.items()}
+    if arguments.vllm:
+        pools["vllm"] = ProcessPoolExecutor(1, context)
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(arguments.model, Path(folder) / "model")
         torch.cuda.empty_cache()
@@ -86,12 +131,15 @@ def main() -> None:
 
 
 def measure(pools: dict[str, ProcessPoolExecutor], top_p: float) -> dict[str, list[Drawn]]:
-    """The repeats of every setting, in turn, after one that is left out."""
+    """The repeats of every setting, after one that is left out."""
     rows: dict[str, list[Drawn]] = {name: [] for name in pools}
-    for repeat in range(max(NUM_REPEATS.values()) + 1):
-        for name in sorted(pools, reverse=repeat % 2 == 0):  # neither is always the first
-            if repeat <= NUM_REPEATS[name]:
-                rows[name].append(pools[name].submit(draw, top_p, repeat, NEW_TOKENS).result())
+    for repeat in range(NUM_REPEATS + 1):
+        for name, drawn in [
+            (name, pools[name].submit(draw, top_p, repeat, in_turns=True)) for name in ("none", "both")
+        ]:
+            rows[name].append(drawn.result())
+    if "vllm" in pools:
+        rows["vllm"] = [pools["vllm"].submit(draw, top_p, repeat).result() for repeat in (0, 1)]
     return {name: repeats[1:] for name, repeats in rows.items()}
 
 
@@ -101,13 +149,11 @@ def print_width(model: str, top_p: float, rows: dict[str, list[Drawn]]) -> None:
     print(f"\n{model}, top_p {top_p:.4f}, {kept}")
     for name, repeats in rows.items():
         speed = [drawn.tokens_per_s for drawn in repeats]
-        ratios = sorted(ours / none.tokens_per_s for ours, none in zip(speed, rows["none"], strict=False))
-        quarter = len(ratios) // 4
+        ratios = [ours / none.tokens_per_s for ours, none in zip(speed, rows["none"], strict=False)]
         step, waits = (statistics.median(times) for times in zip(*(drawn[1:3] for drawn in repeats), strict=True))
         print(
             f"{name:5} {statistics.median(speed):9.0f} tokens/s (fastest {max(speed):6.0f})  {step:5.2f} ms/step  "
-            f"waits {waits:5.2f}  ratio {statistics.median(ratios):.3f} "
-            f"(middle half {ratios[quarter]:.3f} to {ratios[-1 - quarter]:.3f})",
+            f"waits {waits:5.2f}  ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
             flush=True,
         )
 
@@ -125,6 +171,12 @@ def find_width(pool: ProcessPoolExecutor, size: float) -> float:
 # -- in an engine's process ----------------------------------------------------------------------------------------
 
 
+def take_turns(mine: Semaphore, others: Semaphore) -> None:
+    """Prepares this process."""
+    global _turns
+    _turns = Turns(mine, others)
+
+
 def start(setting: str, model: str) -> None:
     """Builds this process's engine, and lets it compile and start in its first batch what it does not start with."""
     global _engine
@@ -138,7 +190,8 @@ def start(setting: str, model: str) -> None:
         record = setting == "both"
         _engine = Engine(model, config, max_model_len=length, record_kept=record, record_routing=record)
         count_waiting()
-    draw(0.9, 0, NEW_TOKENS)
+        count_steps(_engine)
+    draw(0.9, 0)
     if setting != "vllm":
         asyncio.run(_engine._ask(lambda: os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})))  # its thread alone
 
@@ -154,6 +207,18 @@ def count_waiting() -> None:
         _waited_s += time.perf_counter() - started
 
     torch.cuda.Event.synchronize = synchronize
+
+
+def count_steps(engine: Engine) -> None:
+    """Has an engine take its turns."""
+    step = engine._step
+
+    def counted() -> None:
+        assert _turns is not None
+        _turns.count_step()
+        step()
+
+    engine._step = counted
 
 
 def start_vllm(model: str, length: int) -> Any:
@@ -182,16 +247,18 @@ def stop() -> None:
         _engine.shutdown()
 
 
-def draw(top_p: float, repeat: int, num_tokens: int) -> Drawn:
+def draw(top_p: float, repeat: int, num_tokens: int = NEW_TOKENS, *, in_turns: bool = False) -> Drawn:
     """One batch of all sequences; prompts of their own for every sequence and repeat, so that no prefix is cached."""
     generators = (np.random.default_rng([repeat, num_tokens, i]) for i in range(NUM_SEQUENCES))
     prompts = [generator.integers(0, VOCAB_SIZE - 1, PROMPT_TOKENS) for generator in generators]
     if isinstance(_engine, Engine):
-        return draw_with_keel(_engine, prompts, top_p, num_tokens)
+        return draw_with_keel(_engine, prompts, top_p, num_tokens, _turns if in_turns else None)
     return draw_with_vllm(prompts, top_p, num_tokens)
 
 
-def draw_with_keel(engine: Engine, prompts: list[np.ndarray], top_p: float, num_tokens: int) -> Drawn:
+def draw_with_keel(
+    engine: Engine, prompts: list[np.ndarray], top_p: float, num_tokens: int, turns: Turns | None
+) -> Drawn:
     async def run() -> list[tuple[Completion, ...]]:
         requests = (
             GenerateRequest(prompt.astype(np.int32), (i,), 1.0, top_p, 0, num_tokens, ())
@@ -199,12 +266,11 @@ def draw_with_keel(engine: Engine, prompts: list[np.ndarray], top_p: float, num_
         )
         return await asyncio.gather(*(engine.generate(request) for request in requests))
 
-    def clocks() -> tuple[float, float, int]:
-        return time.perf_counter(), _waited_s, engine.stats().num_steps
-
-    started = clocks()
-    groups = asyncio.run(run())
-    seconds, waited, steps = (after - before for after, before in zip(clocks(), started, strict=True))
+    waited, steps, started = _waited_s, engine.stats().num_steps, time.perf_counter()
+    with nullcontext() if turns is None else turns.batch():
+        groups = asyncio.run(run())
+    seconds = time.perf_counter() - started if turns is None else turns.seconds
+    waited, steps = _waited_s - waited, engine.stats().num_steps - steps
     completions = [completion for group in groups for completion in group]
     if errors := {error for c in completions if (error := c.find_record_error(PROMPT_TOKENS))}:
         raise RuntimeError(f"records do not hold together: {errors}")
