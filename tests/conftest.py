@@ -30,6 +30,11 @@ def pytest_runtest_setup() -> None:
         gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Lets go of what was spared, which nanobind would else report as leaked."""
+    gc.unfreeze()
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,17 +1,20 @@
 """What sampling leaves behind: taken in by engine step, given out by sequence.
 
-A step is put aside as it is. A window of steps is sorted by sequence, and added to what there is of each, in a thread
-of its own; so the engine's thread does hardly anything per step, and nothing per token.
+A step is put aside as it is. A window of steps is sorted by sequence in a thread of its own; so the engine's thread
+does hardly anything per step, and nothing per token. The thread hardly ever needs the interpreter, which both share:
+what there is to do for each sequence alone waits until it is asked for. Once half of a window's sequences have gone,
+the others are copied out before long, and its memory is used again.
 
 Shapes: B = rows of a step, T = sampled tokens of a sequence, N = kept ids, R = rows of several steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,7 +48,7 @@ class StepRows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SequenceLog:
-    """What was sampled for one sequence. The arrays may be views of somewhat more memory."""
+    """What was sampled for one sequence. Sequences that were taken together share memory."""
 
     logprobs: np.ndarray  # float32 [T]
     versions: np.ndarray  # int32 [T], the weights that drew each token
@@ -66,6 +69,11 @@ class _Rows(NamedTuple):
 
     columns: np.ndarray  # int32 [3, R]: the bits of the log-probabilities, versions, sizes of the kept sets
     ids: np.ndarray  # int32, the sets one after the other
+
+
+_Span = tuple[int, int, int, int]
+"""Of one sequence among some rows: from where to where the rows go, and the ids."""
+_Piece = tuple[_Rows, _Span]
 
 
 class _Column:
@@ -106,7 +114,6 @@ class _Columns:
         self._rows = _Column(np.int32, 3)
         self._starts = _Column(np.int64)
         self._places = _Column(np.int64)
-        self._gathered = _Column(np.int32)
 
     def append(self, steps: list[_Step]) -> None:
         """Copies what the steps refer to."""
@@ -118,29 +125,27 @@ class _Columns:
         logprobs, versions, sizes = self._rows.extend(total)
         np.concatenate([step.rows.logprobs for step in steps], out=logprobs.view(np.float32))
         versions[:] = np.repeat([step.version for step in steps], lengths)
+        sets = [step.rows.sets or _no_sets(length) for step, length in zip(steps, lengths, strict=True)]
         starts = self._starts.extend(total)
-        sizes[:], starts[:] = 0, 0
-        stop = 0
-        for step, length in zip(steps, lengths, strict=True):
-            first, stop = stop, stop + length
-            if (sets := step.rows.sets) is not None:
-                sizes[first:stop] = sets.sizes
-                np.add(sets.starts, len(self.ids), out=starts[first:stop])
-                num_ids = int((sets.starts + sets.sizes).max())
-                self.ids.extend(num_ids)[:] = sets.ids[:num_ids]
+        np.concatenate([step.sizes for step in sets], out=sizes)
+        np.concatenate([step.starts for step in sets], out=starts)
+        num_ids = np.maximum.reduceat(starts + sizes, np.cumsum([0, *lengths[:-1]]))
+        starts += np.repeat(len(self.ids) + np.cumsum(num_ids) - num_ids, lengths)
+        ids = [step.ids[:used] for step, used in zip(sets, num_ids.tolist(), strict=True)]
+        np.concatenate(ids, out=self.ids.extend(int(num_ids.sum())))
         self.num_steps += len(steps)
 
-    def gather(self, rows: np.ndarray) -> _Rows:
-        """These rows with their sets. The ids are good until the next call."""
+    def gather(self, rows: np.ndarray, find_room: Callable[[int], np.ndarray]) -> _Rows:
+        """These rows, with their sets in the room, int32, that is found for so many ids."""
         gathered = self._rows.values[:, rows]
         sizes = gathered[2]
         filled = sizes > 0
         starts, ends = self._starts.values[rows[filled]], np.cumsum(sizes[filled], dtype=np.int64)
         total = int(ends[-1]) if len(ends) else 0
-        self._places.clear()
-        self._gathered.clear()
-        places, ids = self._places.extend(total), self._gathered.extend(total)
+        ids = find_room(total)[:total]
         if total:
+            self._places.clear()
+            places = self._places.extend(total)
             # Steps of one inside a set, and from the end of a set to the start of the next.
             places[:] = 1
             places[0] = starts[0]
@@ -155,26 +160,26 @@ class _Columns:
         self.num_steps = 0
 
 
-class _Sequence:
-    """What there is of one sequence. Its columns and ids are as those of `_Rows`."""
+def _no_sets(num_rows: int) -> StepSets:
+    zeros = np.zeros(num_rows, np.int32)
+    return StepSets(zeros[:0], zeros, zeros)
 
-    def __init__(self) -> None:
-        self._columns = _Column(np.int32, 3)
-        self._ids = _Column(np.int32)
 
-    def append(self, columns: np.ndarray, ids: np.ndarray) -> None:
-        self._columns.extend(columns.shape[1])[:] = columns
-        self._ids.extend(len(ids))[:] = ids
+class _Window:
+    """Rows in the order of their sequences."""
 
-    def read(self, *, has_sets: bool) -> SequenceLog:
-        """Views, good for as long as nothing is appended."""
-        logprobs, versions, sizes = self._columns.values
-        kept = None
-        if has_sets:
-            offsets = np.zeros(len(sizes) + 1, np.int64)
-            np.add.accumulate(sizes, out=offsets[1:])
-            kept = KeptSets(offsets, self._ids.values)
-        return SequenceLog(logprobs.view(np.float32), versions, kept)
+    def __init__(self, keys: np.ndarray, rows: _Rows) -> None:
+        self.rows = rows
+        cuts = np.flatnonzero(np.diff(keys, prepend=-1, append=-1))
+        ends = np.concatenate([[0], np.cumsum(rows.columns[2], dtype=np.int64)])[cuts].tolist()
+        keys, cuts = keys[cuts[:-1]].tolist(), cuts.tolist()
+        self.spans: dict[int, _Span] = dict(zip(keys, zip(cuts, cuts[1:], ends, ends[1:], strict=False), strict=False))
+        """By the sequence's key; whoever takes a sequence takes its span."""
+        self._num_sequences = len(keys)
+
+    def is_mostly_gone(self) -> bool:
+        """Whether no more than half of the sequences are left."""
+        return 2 * len(self.spans) <= self._num_sequences
 
 
 class StepLog:
@@ -184,20 +189,26 @@ class StepLog:
         self._keeps_sets = keeps_sets
         self._pending: list[_Step] = []
         self._columns = _Columns()
-        """Of the steps before the pending ones that are not sorted yet."""
+        """Of the steps before the pending ones that are not in a window yet."""
         self._taken: set[int] = set()
         """Sequences that have gone while these columns have rows of theirs."""
-        self._sequences: dict[int, _Sequence] = {}
-        """The sorter's while it is at work."""
+        self._windows: dict[int, Future[_Window]] = {}
+        """By number, on their way to being sorted."""
+        self._numbers = count()
+        self._copied: dict[int, list[tuple[int, _Piece]]] = {}
+        """What windows have left behind, by key: their number and the piece."""
         self._sorter = ThreadPoolExecutor(1, thread_name_prefix="keel-step-log")
-        self._sorting: list[Future[None]] = []
         self._spare: list[_Columns] = []
+        self._rooms: list[np.ndarray] = []
+        """Memory for a window's ids, int32, that is free; only the sorter takes from here."""
 
     def add(self, keys: np.ndarray, version: int, rows: StepRows) -> None:
-        """One step: row i is the next token of the sequence `keys[i]`, int64 [B]; a row of key -1 does not count."""
+        """One step: row i is the next token of the sequence `keys[i]`, int64 [B], B > 0; a row of -1 does not count."""
         self._pending.append(_Step(keys, version, rows))
         if self._columns.num_steps + len(self._pending) >= _WINDOW_STEPS:
-            self._sorting.append(self._sorter.submit(self._sort, self._columns, self._pending, self._taken))
+            self._clear_out()
+            sorting = self._sorter.submit(self._sort, self._columns, self._pending, self._taken)
+            self._windows[next(self._numbers)] = sorting
             self._columns = self._spare.pop() if self._spare else _Columns()
             self._pending, self._taken = [], set()
 
@@ -205,36 +216,87 @@ class StepLog:
         """Everything added for these sequences, which are forgotten here."""
         self._columns.append(self._pending)
         self._pending = []
-        all_keys = self._columns.keys.values
+        latest = self._find_latest(keys)
+        windows = [(number, window.result()) for number, window in self._windows.items()]
+        sequences = []
+        for key in keys:
+            numbered = self._copied.pop(key, [])
+            for number, window in windows:
+                if (span := window.spans.pop(key, None)) is not None:
+                    numbered.append((number, (window.rows, span)))
+            numbered.sort(key=itemgetter(0))
+            pieces = [piece for _, piece in numbered]
+            if (span := latest.spans.get(key)) is not None:
+                pieces.append((latest.rows, span))
+            sequences.append(pieces)
+        return self._join(sequences)
+
+    def _find_latest(self, keys: Sequence[int]) -> _Window:
+        """These sequences' rows of the columns, where they are counted as taken."""
+        columns = self._columns
+        all_keys = columns.keys.values
         rows = np.flatnonzero(all_keys == keys[0] if len(keys) == 1 else np.isin(all_keys, keys))
         if len(rows):
             self._taken.update(keys)
-        for sorting in self._sorting:
-            sorting.result()
-        self._sorting.clear()
-        self._distribute(self._columns, rows)
-        return [self._sequences.pop(key, _Sequence()).read(has_sets=self._keeps_sets) for key in keys]
+        rows = rows[np.argsort(all_keys[rows], kind="stable")]
+        return _Window(all_keys[rows], columns.gather(rows, lambda num_ids: np.empty(num_ids, np.int32)))
 
-    def _sort(self, columns: _Columns, steps: list[_Step], taken: set[int]) -> None:
-        """In the sorter's thread, to which all of this belongs."""
+    def _join(self, sequences: list[list[_Piece]]) -> list[SequenceLog]:
+        """The pieces of each sequence, one after the other: a copy."""
+        spans = [span for pieces in sequences for _, span in pieces]
+        num_rows = sum([stop - first for first, stop, _, _ in spans])
+        columns = np.empty((3, num_rows), np.int32)
+        ids = np.empty(sum([stop - first for _, _, first, stop in spans]), np.int32)
+        offsets = np.zeros(num_rows + len(sequences), np.int64)
+        logs, stop, stop_id, stop_offset = [], 0, 0, 0
+        for pieces in sequences:
+            first, first_id = stop, stop_id
+            for rows, (from_row, to_row, from_id, to_id) in pieces:
+                start, stop = stop, stop + to_row - from_row
+                columns[:, start:stop] = rows.columns[:, from_row:to_row]
+                start, stop_id = stop_id, stop_id + to_id - from_id
+                ids[start:stop_id] = rows.ids[from_id:to_id]
+            logprobs, versions, sizes = columns[:, first:stop]
+            kept = None
+            if self._keeps_sets:
+                start, stop_offset = stop_offset, stop_offset + stop - first + 1
+                np.add.accumulate(sizes, out=offsets[start + 1 : stop_offset])
+                kept = KeptSets(offsets[start:stop_offset], ids[first_id:stop_id])
+            logs.append(SequenceLog(logprobs.view(np.float32), versions, kept))
+        return logs
+
+    def _sort(self, columns: _Columns, steps: list[_Step], taken: set[int]) -> _Window:
+        """In the sorter's thread, to which these belong."""
         columns.append(steps)
         keys = columns.keys.values
         counts = keys >= 0
         if taken:
             counts &= np.isin(keys, list(taken), invert=True)
-        self._distribute(columns, np.flatnonzero(counts))
+        rows = np.flatnonzero(counts)
+        rows = rows[np.argsort(keys[rows], kind="stable")]
+        window = _Window(keys[rows], columns.gather(rows, self._find_room))
         columns.clear()
         self._spare.append(columns)
+        return window
 
-    def _distribute(self, columns: _Columns, rows: np.ndarray) -> None:
-        """Adds these rows to their sequences."""
-        keys = columns.keys.values[rows]
-        order = np.argsort(keys, kind="stable")
-        keys, sorted_rows = keys[order], columns.gather(rows[order])
-        cuts = np.flatnonzero(np.diff(keys, prepend=-1, append=-1))
-        ends = np.concatenate([[0], np.cumsum(sorted_rows.columns[2], dtype=np.int64)])[cuts].tolist()
-        for key, span, ids in zip(keys[cuts[:-1]].tolist(), pairwise(cuts.tolist()), pairwise(ends), strict=True):
-            sequence = self._sequences.get(key)
-            if sequence is None:
-                sequence = self._sequences[key] = _Sequence()
-            sequence.append(sorted_rows.columns[:, slice(*span)], sorted_rows.ids[slice(*ids)])
+    def _find_room(self, num_ids: int) -> np.ndarray:
+        for i, room in enumerate(self._rooms):
+            if len(room) >= num_ids:
+                return self._rooms.pop(i)
+        return np.empty(1 << num_ids.bit_length(), np.int32)
+
+    def _clear_out(self) -> None:
+        """Gives up the windows that are empty for the most part.
+
+        Not as sequences are taken: those of a batch end within a few steps, and the last would be copied for nothing.
+        """
+        for number, sorting in list(self._windows.items()):
+            if not sorting.done() or not (window := sorting.result()).is_mostly_gone():
+                continue
+            for key, (first, stop, first_id, stop_id) in window.spans.items():
+                left = _Rows(window.rows.columns[:, first:stop].copy(), window.rows.ids[first_id:stop_id].copy())
+                span = 0, stop - first, 0, stop_id - first_id
+                self._copied.setdefault(key, []).append((number, (left, span)))
+            if (room := window.rows.ids.base) is not None:
+                self._rooms.append(room)
+            del self._windows[number]
