@@ -22,6 +22,8 @@ import numpy as np
 from rollout.types import KeptSets
 
 _WINDOW_STEPS = 48
+_WINDOW_IDS = 1 << 23
+"""Kept ids for which there may be room in a window's steps; it ends with the step that exceeds it."""
 
 
 class StepSets(NamedTuple):
@@ -43,6 +45,11 @@ class StepRows(Protocol):
     @property
     def sets(self) -> StepSets | None:
         """None if no row of the step is recorded."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """The length of the sets' ids."""
         ...
 
 
@@ -190,6 +197,8 @@ class StepLog:
         self._pending: list[_Step] = []
         self._columns = _Columns()
         """Of the steps before the pending ones that are not in a window yet."""
+        self._room = 0
+        """Of both."""
         self._taken: set[int] = set()
         """Sequences that have gone while these columns have rows of theirs."""
         self._windows: dict[int, Future[_Window]] = {}
@@ -205,12 +214,9 @@ class StepLog:
     def add(self, keys: np.ndarray, version: int, rows: StepRows) -> None:
         """One step: row i is the next token of the sequence `keys[i]`, int64 [B], B > 0; a row of -1 does not count."""
         self._pending.append(_Step(keys, version, rows))
-        if self._columns.num_steps + len(self._pending) >= _WINDOW_STEPS:
-            self._clear_out()
-            sorting = self._sorter.submit(self._sort, self._columns, self._pending, self._taken)
-            self._windows[next(self._numbers)] = sorting
-            self._columns = self._spare.pop() if self._spare else _Columns()
-            self._pending, self._taken = [], set()
+        self._room += rows.room
+        if self._columns.num_steps + len(self._pending) >= _WINDOW_STEPS or self._room > _WINDOW_IDS:
+            self._close_window()
 
     def take(self, keys: Sequence[int]) -> list[SequenceLog]:
         """Everything added for these sequences, which are forgotten here."""
@@ -265,6 +271,16 @@ class StepLog:
             logs.append(SequenceLog(logprobs.view(np.float32), versions, kept))
         return logs
 
+    def _close_window(self) -> None:
+        """Has the steps sorted, and begins another window. Waits if the one before is not sorted yet."""
+        if self._windows:
+            next(reversed(self._windows.values())).result()
+        self._clear_out()
+        sorting = self._sorter.submit(self._sort, self._columns, self._pending, self._taken)
+        self._windows[next(self._numbers)] = sorting
+        self._columns = self._spare.pop() if self._spare else _Columns()
+        self._pending, self._taken, self._room = [], set(), 0
+
     def _sort(self, columns: _Columns, steps: list[_Step], taken: set[int]) -> _Window:
         """In the sorter's thread, to which these belong."""
         columns.append(steps)
@@ -291,7 +307,7 @@ class StepLog:
         Not as sequences are taken: those of a batch end within a few steps, and the last would be copied for nothing.
         """
         for number, sorting in list(self._windows.items()):
-            if not sorting.done() or not (window := sorting.result()).is_mostly_gone():
+            if not (window := sorting.result()).is_mostly_gone():
                 continue
             for key, (first, stop, first_id, stop_id) in window.spans.items():
                 left = _Rows(window.rows.columns[:, first:stop].copy(), window.rows.ids[first_id:stop_id].copy())

@@ -73,6 +73,11 @@ class StepRecord(NamedTuple):
         return StepSets(packed[at.ids :], packed[: self.num_rows], packed[at.starts : at.starts + self.num_rows])
 
     @property
+    def room(self) -> int:
+        """The length of the supports' ids."""
+        return len(self.packed) - self.layout.ids if self.completed is None else len(self.completed.ids)
+
+    @property
     def routes(self) -> StepRoutes | None:
         """None without routes."""
         if not self.route_shape:

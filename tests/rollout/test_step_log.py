@@ -19,6 +19,11 @@ class Rows(NamedTuple):
     logprobs: np.ndarray
     sets: StepSets | None
 
+    @property
+    def room(self) -> int:
+        """Of the sets."""
+        return 0 if self.sets is None else len(self.sets.ids)
+
 
 Token = tuple[float, int, list[int]]
 """Log-probability, weight version, kept set."""
@@ -45,9 +50,12 @@ def add_random_step(
         expected[int(order[row])].append((float(logprobs[row]), version, sets[row].tolist()))
 
 
-@pytest.mark.parametrize("steps", [48, 3, 1])
-def test_a_sequence_is_what_was_added_for_it(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+@pytest.mark.parametrize(
+    ("steps", "ids"), [(48, 1 << 23), (3, 1 << 23), (1, 1 << 23), (48, 4500)], ids=["wide", "3", "1", "few ids"]
+)
+def test_a_sequence_is_what_was_added_for_it(monkeypatch: pytest.MonkeyPatch, steps: int, ids: int) -> None:
     monkeypatch.setattr(step_log, "_WINDOW_STEPS", steps)
+    monkeypatch.setattr(step_log, "_WINDOW_IDS", ids)
     rng = np.random.default_rng(0)
     log, expected = StepLog(keeps_sets=True), defaultdict(list)
     live = list(range(40))
@@ -67,6 +75,14 @@ def check(log: StepLog, keys: list[int], expected: dict[int, list[Token]]) -> No
         assert taken.logprobs.tolist() == [logprob for logprob, _, _ in tokens]
         assert taken.versions.tolist() == [version for _, version, _ in tokens]
         assert [taken.kept.row(t).tolist() for t in range(len(tokens))] == [kept for _, _, kept in tokens]
+
+
+def test_a_window_ends_with_the_step_that_exceeds_its_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_log, "_WINDOW_IDS", 2000)
+    rng, log = np.random.default_rng(2), StepLog(keeps_sets=True)
+    for step in range(1, 10):  # with room for 1000 ids each
+        add_random_step(log, rng, np.arange(4), 0, defaultdict(list))
+        assert len(log._windows) == step // 3
 
 
 def test_what_is_given_out_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
