@@ -24,12 +24,18 @@ class Live:
     max_tokens: int
     """Sampled tokens after which it has to end, by its own bound or the model's length."""
     routes: list[np.ndarray] = field(default_factory=list)
-    """Rows of stretches that lost their cache blocks."""
+    """Rows that were read already, stretch by stretch: of lost cache blocks, or as the sequence ends."""
     lost_blocks: list[int] | None = None
     """The blocks of a preempted sequence whose rows have yet to be read from them."""
     log: SequenceLog | None = None
     """Taken already, together with those of others that end in the same step."""
     ended: bool = False
+
+    def join_routes(self) -> np.ndarray | None:
+        """All rows, [P + T - 1, L, K] once the sequence has ended; None if there are none."""
+        if len(self.routes) > 1:
+            return np.concatenate(self.routes)
+        return self.routes[0] if self.routes else None
 
 
 ENDED = Live(key=-1, stops=frozenset(), max_tokens=0, ended=True)

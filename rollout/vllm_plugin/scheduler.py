@@ -33,7 +33,7 @@ from rollout.vllm_plugin.decoding import ENDED, DecodeBatch, Live, StepBatch
 from rollout.vllm_plugin.record import EngineError, FinishedSequence
 from rollout.vllm_plugin.recorder import find_full_attention_group
 from rollout.vllm_plugin.slot_routes import SlotRoutes, Stretch
-from rollout.vllm_plugin.step_log import StepLog
+from rollout.vllm_plugin.step_log import SequenceLog, StepLog
 from rollout.vllm_plugin.support import StepRecord
 
 _RETRY_STEPS = 32
@@ -124,12 +124,13 @@ class RecordingScheduler(AsyncScheduler):
         self._decode_batch = None
 
     def _collect(self, request: Request) -> FinishedSequence:
-        live = self._live.pop(request.request_id)
+        live = self._live[request.request_id]
+        log = live.log or self._take_records([request])[0]
+        del self._live[request.request_id]
         live.ended = True
         if request.priority < 0:
             self._going_first.discard(request.request_id)
             self._count_slots()
-        log = live.log or self._log.take([live.key])[0]
         stats = request.prefill_stats
         return FinishedSequence(
             request_id=request.request_id,
@@ -137,21 +138,20 @@ class RecordingScheduler(AsyncScheduler):
             logprobs=log.logprobs,
             versions=log.versions,
             kept=log.kept,
-            routed_experts=self._collect_routes(request, live),
+            routed_experts=live.join_routes(),
             finish_reason=str(request.get_finished_reason()),
             num_prompt_tokens=request.num_prompt_tokens,
             num_cached_tokens=0 if stats is None else stats.num_cached_tokens,
             num_preemptions=request.num_preemptions,
         )
 
-    # -- routes -----------------------------------------------------------------------------------------------------
+    def _take_records(self, requests: list[Request]) -> list[SequenceLog]:
+        """What was recorded of sequences that end, of all at once."""
+        lives = [self._live[request.request_id] for request in requests]
+        self._save_routes(list(zip(requests, lives, strict=True)))
+        return self._log.take([live.key for live in lives])
 
-    def _collect_routes(self, request: Request, live: Live) -> np.ndarray | None:
-        """The rows of a sequence that ends, [P + T - 1, L, K]; None if no token was sampled."""
-        if self._routes is None or not request.num_output_tokens:
-            return None
-        self._save_routes([(request, live)])
-        return live.routes[0] if len(live.routes) == 1 else np.concatenate(live.routes)
+    # -- routes -----------------------------------------------------------------------------------------------------
 
     def _save_routes(self, sequences: list[tuple[Request, Live]]) -> None:
         """Reads what is not read yet, up to the last sampled token, from the cache slots of the sequences' blocks."""
@@ -276,8 +276,8 @@ class RecordingScheduler(AsyncScheduler):
             return
         were_running = {request for request in requests if request.status == RequestStatus.RUNNING}
         preempted = set(requests) - were_running
-        self._take_records(requests)
-        for request in requests:
+        for request, log in zip(requests, self._take_records(requests), strict=True):
+            self._live[request.request_id].log = log
             if not check_stop(request, self.max_model_len):
                 raise EngineError(f"vLLM does not end request {request.request_id} where it has to")
             self._free_request(request)
@@ -286,13 +286,6 @@ class RecordingScheduler(AsyncScheduler):
             self.waiting.remove_requests(preempted)
             self.kv_holding_waiting.remove_requests(preempted)
             self.deferred_waiting.difference_update(preempted)
-
-    def _take_records(self, requests: list[Request]) -> None:
-        """What was recorded of sequences that are about to end, of all at once."""
-        lives = [self._live[request.request_id] for request in requests]
-        for live, log in zip(lives, self._log.take([live.key for live in lives]), strict=True):
-            live.log = log
-        self._save_routes(list(zip(requests, lives, strict=True)))
 
     # -- the next step ----------------------------------------------------------------------------------------------
 
