@@ -142,8 +142,13 @@ class _Columns:
         np.concatenate(ids, out=self.ids.extend(int(num_ids.sum())))
         self.num_steps += len(steps)
 
-    def gather(self, rows: np.ndarray, find_room: Callable[[int], np.ndarray]) -> _Rows:
-        """These rows, with their sets in the room, int32, that is found for so many ids."""
+    def sort(self, rows: np.ndarray, find_room: Callable[[int], np.ndarray]) -> _Window:
+        """These rows by their sequences, with their sets in the room, int32, that is found for so many ids."""
+        keys = self.keys.values[rows]
+        order = np.argsort(keys, kind="stable")
+        return _Window(keys[order], self._gather(rows[order], find_room))
+
+    def _gather(self, rows: np.ndarray, find_room: Callable[[int], np.ndarray]) -> _Rows:
         gathered = self._rows.values[:, rows]
         sizes = gathered[2]
         filled = sizes > 0
@@ -240,12 +245,10 @@ class StepLog:
     def _find_latest(self, keys: Sequence[int]) -> _Window:
         """These sequences' rows of the columns, where they are counted as taken."""
         columns = self._columns
-        all_keys = columns.keys.values
-        rows = np.flatnonzero(all_keys == keys[0] if len(keys) == 1 else np.isin(all_keys, keys))
+        rows = np.flatnonzero(np.isin(columns.keys.values, keys))
         if len(rows):
             self._taken.update(keys)
-        rows = rows[np.argsort(all_keys[rows], kind="stable")]
-        return _Window(all_keys[rows], columns.gather(rows, lambda num_ids: np.empty(num_ids, np.int32)))
+        return columns.sort(rows, lambda num_ids: np.empty(num_ids, np.int32))
 
     def _join(self, sequences: list[list[_Piece]]) -> list[SequenceLog]:
         """The pieces of each sequence, one after the other: a copy."""
@@ -288,9 +291,7 @@ class StepLog:
         counts = keys >= 0
         if taken:
             counts &= np.isin(keys, list(taken), invert=True)
-        rows = np.flatnonzero(counts)
-        rows = rows[np.argsort(keys[rows], kind="stable")]
-        window = _Window(keys[rows], columns.gather(rows, self._find_room))
+        window = columns.sort(np.flatnonzero(counts), self._find_room)
         columns.clear()
         self._spare.append(columns)
         return window
