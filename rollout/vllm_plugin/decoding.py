@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from rollout.vllm_plugin.step_log import SequenceLog
 
@@ -41,6 +42,16 @@ class Live:
 ENDED = Live(key=-1, stops=frozenset(), max_tokens=0, ended=True)
 
 
+@dataclass(kw_only=True)
+class DecodeStep(SchedulerOutput):
+    """A step in which each of its sequences, none of them new, decodes one token."""
+
+    computed: np.ndarray
+    """int64 [B], each sequence's tokens before the step."""
+    grown: list[int]
+    """Those that have got new cache blocks."""
+
+
 class DecodeBatch:
     """The sequences of a step to be scheduled that decodes alone, and of those after it while they stay the same."""
 
@@ -62,10 +73,9 @@ class DecodeBatch:
         """Those that need another cache block."""
         return np.flatnonzero(self._computed % block_step == 0).tolist()
 
-    def advance(self) -> tuple[list[int], list[int]]:
+    def advance(self) -> tuple[np.ndarray, np.ndarray]:
         """One token more for each. Returns what of each was computed and, with what is on its way, sampled before."""
-        computed = self._computed.tolist()
-        num_sampled = (self._computed + 1 - self._prompts).tolist()
+        computed, num_sampled = self._computed.copy(), self._computed + 1 - self._prompts
         for request in self.requests:
             request.num_computed_tokens += 1
             request.num_in_flight_tokens += 1

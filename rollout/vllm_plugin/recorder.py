@@ -20,13 +20,14 @@ from vllm.v1.worker.gpu.input_batch import get_num_sampled_and_rejected
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
+from rollout.vllm_plugin.decode_runner import run_decode_steps
 from rollout.vllm_plugin.draw import Rows, Settings, StepDrawer
 from rollout.vllm_plugin.record import EngineError
 from rollout.vllm_plugin.support import PackedStep, RouteBuffers, pack_on_cpu
 
 
 def start_recording(wrapper: Any) -> None:
-    """For `collective_rpc`: replaces the worker's sampler, and its recorder of routes if it has one."""
+    """For `collective_rpc`: replaces the worker's sampler, its recorder of routes if it has one, and how it decodes."""
     runner = wrapper.worker.model_runner
     connector = runner.aux_output_connector
     buffers = None if connector is None else find_route_buffers(connector._capturer, runner)
@@ -34,6 +35,7 @@ def start_recording(wrapper: Any) -> None:
     if connector is not None:
         runner.aux_output_connector = None
         connector.close()
+    run_decode_steps(runner)
 
 
 class RecordingSampler(Sampler):

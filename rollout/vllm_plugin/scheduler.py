@@ -29,7 +29,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from rollout.vllm_plugin.decoding import ENDED, DecodeBatch, Live, StepBatch
+from rollout.vllm_plugin.decoding import ENDED, DecodeBatch, DecodeStep, Live, StepBatch
 from rollout.vllm_plugin.record import EngineError, FinishedSequence
 from rollout.vllm_plugin.recorder import find_full_attention_group
 from rollout.vllm_plugin.slot_routes import SlotRoutes, Stretch
@@ -326,7 +326,7 @@ class RecordingScheduler(AsyncScheduler):
                 decoding.append(request)
         return decoding
 
-    def _schedule_decode(self, batch: DecodeBatch) -> SchedulerOutput:
+    def _schedule_decode(self, batch: DecodeBatch) -> DecodeStep:
         """One token for each; vLLM's `schedule` and `_update_after_schedule` for this case, in one pass."""
         self.current_step += 1
         self.kv_cache_manager.new_step_starts()
@@ -340,10 +340,12 @@ class RecordingScheduler(AsyncScheduler):
             new_token_ids=[],
             all_token_ids={},
             new_block_ids=new_block_ids,
-            num_computed_tokens=computed,
-            num_output_tokens=num_sampled,
+            num_computed_tokens=computed.tolist(),
+            num_output_tokens=num_sampled.tolist(),
         )
-        output = SchedulerOutput(
+        output = DecodeStep(
+            computed=computed,
+            grown=[row for row, blocks in enumerate(new_block_ids) if blocks is not None],
             scheduled_new_reqs=[],
             scheduled_cached_reqs=cached,
             num_scheduled_tokens=dict.fromkeys(batch.request_ids, 1),
