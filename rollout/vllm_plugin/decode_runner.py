@@ -3,8 +3,8 @@
 vLLM gathers every request's state on the host and builds each step's inputs from it, with half a dozen kernels: on the
 host 1.5 ms for 256 sequences, which is more than a small model computes. In a step in which each sequence decodes one
 token (`DecodeStep`) all that is new is known on the device. While the sequences stay the same, a single kernel makes
-the next inputs of the last ones, and the model's CUDA graph, which is vLLM's, is replayed. Attention is prepared by
-vLLM's own builders.
+the next inputs of the last ones, and the model's CUDA graph, which is vLLM's, is replayed. What attention needs
+is built by vLLM, and brought up to date by the way that vLLM has for the steps of a draft model.
 
 Steps for which there is no such graph, and models that need more, go vLLM's way. What is computed is the same.
 """
@@ -76,6 +76,11 @@ class DecodeRunner:
         self._zeros = torch.zeros_like(self._numbers)
         self._rows: _Rows | None = None
         """Of the last step, if it was run here."""
+        self._metadata: dict[str, Any] | None = None
+        """Of attention, for the same sequences; by layer."""
+        self._groups = [group for groups in runner.attn_groups for group in groups]
+        self._can_refresh = all(group.supports_draft_decode_metadata_update for group in self._groups)
+        """Whether all that changes of that from step to step lies on the device."""
         self._place, self._take_in = self._make_launchers()
 
     def install(self) -> None:
@@ -86,7 +91,8 @@ class DecodeRunner:
     def execute_model(self, step: Any, *args: Any, **kwargs: Any) -> Any:
         """vLLM's: runs the model, and leaves its output for `sample_tokens`."""
         if isinstance(step, DecodeStep) and (rows := self._find_rows(step)) is not None:
-            self._rows = rows
+            if rows is not self._rows:
+                self._rows, self._metadata = rows, None
             self._run(step, rows)
             return None
         self._rows = None
@@ -170,14 +176,7 @@ class DecodeRunner:
         batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs] = step.computed + 1
         for place in self._place:
             place((rows.graph.num_tokens, 1, 1), 0, (batch.idx_mapping,), (batch.num_reqs,))
-        metadata = runner.model_state.prepare_attn(
-            batch,
-            CUDAGraphMode.FULL,
-            rows.block_tables,
-            rows.cache_slots,
-            runner.attn_groups,
-            runner.kv_cache_config,
-        )
+        metadata = self._metadata = self._prepare_attention(rows, int(step.computed.max()) + 1)
         runner.execute_model_state = ExecuteModelState(
             input_batch=batch,
             attn_metadata=metadata,
@@ -190,6 +189,25 @@ class DecodeRunner:
             cudagraph_stats=None,
             num_spec_tokens_to_schedule=0,
         )
+
+    def _prepare_attention(self, rows: _Rows, longest: int) -> dict[str, Any]:
+        """What vLLM's attention layers need, by layer; `longest` is the length of the longest sequence."""
+        runner = self._runner
+        if self._metadata is None or not self._can_refresh:
+            return runner.model_state.prepare_attn(
+                rows.batch,
+                CUDAGraphMode.FULL,
+                rows.block_tables,
+                rows.cache_slots,
+                runner.attn_groups,
+                runner.kv_cache_config,
+            )
+        for group in self._groups:
+            metadata = self._metadata[group.layer_names[0]]
+            if hasattr(metadata, "max_seq_len"):
+                metadata.max_seq_len = longest
+            group.update_draft_decode_metadata(self._metadata)
+        return self._metadata
 
     def _grow(self, step: DecodeStep, slots: np.ndarray) -> None:
         """Appends the sequences' new cache blocks."""

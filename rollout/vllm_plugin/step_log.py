@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 from operator import itemgetter
 from typing import NamedTuple, Protocol
 
@@ -24,6 +24,9 @@ from rollout.types import KeptSets
 _WINDOW_STEPS = 48
 _WINDOW_IDS = 1 << 23
 """Kept ids for which there may be room in a window's steps; it ends with the step that exceeds it."""
+_MOST_RESERVED = 1 << 24
+_PAGE_IDS = 1 << 10
+"""Of 4 bytes in a page of memory."""
 
 
 class StepSets(NamedTuple):
@@ -194,6 +197,29 @@ class _Window:
         return 2 * len(self.spans) <= self._num_sequences
 
 
+class _Reserve:
+    """Memory for ids that are given out, touched before they are: to get it takes longer than to copy into it."""
+
+    def __init__(self) -> None:
+        self._room = np.empty(0, np.int32)
+
+    def take(self, num_ids: int) -> np.ndarray:
+        """An int32 array to be filled."""
+        room = self._room
+        if num_ids > len(room):
+            return np.empty(num_ids, np.int32)
+        self._room = room[num_ids:]
+        return room[:num_ids]
+
+    def prepare(self, num_ids: int) -> None:
+        """Gets room for so many, within bounds; in another thread than the one that takes."""
+        num_ids = min(num_ids, _MOST_RESERVED)
+        if len(self._room) < num_ids:
+            room = np.empty(num_ids + num_ids // 2, np.int32)
+            room[::_PAGE_IDS] = 0
+            self._room = room
+
+
 class StepLog:
     """Takes in steps, gives out sequences. A sequence is known by an integer key of the caller's, 0 or above."""
 
@@ -215,6 +241,7 @@ class StepLog:
         self._spare: list[_Columns] = []
         self._rooms: list[np.ndarray] = []
         """Memory for a window's ids, int32, that is free; only the sorter takes from here."""
+        self._reserve = _Reserve()
 
     def add(self, keys: np.ndarray, version: int, rows: StepRows) -> None:
         """One step: row i is the next token of the sequence `keys[i]`, int64 [B], B > 0; a row of -1 does not count."""
@@ -252,26 +279,29 @@ class StepLog:
 
     def _join(self, sequences: list[list[_Piece]]) -> list[SequenceLog]:
         """The pieces of each sequence, one after the other: a copy."""
-        spans = [span for pieces in sequences for _, span in pieces]
-        num_rows = sum([stop - first for first, stop, _, _ in spans])
-        columns = np.empty((3, num_rows), np.int32)
-        ids = np.empty(sum([stop - first for _, _, first, stop in spans]), np.int32)
-        offsets = np.zeros(num_rows + len(sequences), np.int64)
-        logs, stop, stop_id, stop_offset = [], 0, 0, 0
-        for pieces in sequences:
+        spans = np.array([span for pieces in sequences for _, span in pieces], np.int64).reshape(-1, 4)
+        ends = np.cumsum(np.diff(spans)[:, ::2], axis=0)
+        columns = np.empty((3, ends[-1, 0] if len(ends) else 0), np.int32)
+        ids = self._reserve.take(int(ends[-1, 1]) if len(ends) else 0)
+        # Through numpy each of these copies would give up the interpreter, for which another thread waits.
+        target, first, first_id = ids.data, 0, 0
+        pieces = (piece for pieces in sequences for piece in pieces)
+        for (rows, (from_row, to_row, from_id, to_id)), (stop, stop_id) in zip(pieces, ends.tolist(), strict=True):
+            columns[:, first:stop] = rows.columns[:, from_row:to_row]
+            target[first_id:stop_id] = rows.ids.data[from_id:to_id]
             first, first_id = stop, stop_id
-            for rows, (from_row, to_row, from_id, to_id) in pieces:
-                start, stop = stop, stop + to_row - from_row
-                columns[:, start:stop] = rows.columns[:, from_row:to_row]
-                start, stop_id = stop_id, stop_id + to_id - from_id
-                ids[start:stop_id] = rows.ids[from_id:to_id]
-            logprobs, versions, sizes = columns[:, first:stop]
-            kept = None
-            if self._keeps_sets:
-                start, stop_offset = stop_offset, stop_offset + stop - first + 1
-                np.add.accumulate(sizes, out=offsets[start + 1 : stop_offset])
-                kept = KeptSets(offsets[start:stop_offset], ids[first_id:stop_id])
-            logs.append(SequenceLog(logprobs.view(np.float32), versions, kept))
+        return self._split(columns, ids, [len(pieces) for pieces in sequences], ends)
+
+    def _split(
+        self, columns: np.ndarray, ids: np.ndarray, num_pieces: list[int], ends: np.ndarray
+    ) -> list[SequenceLog]:
+        """Each sequence's share of the joined pieces, which end at rows and ids `ends`, int64 [pieces, 2]."""
+        bounds = np.concatenate([[[0, 0]], ends])[np.cumsum([0, *num_pieces])]
+        totals = np.concatenate([[0], np.cumsum(columns[2], dtype=np.int64)])
+        logs = []
+        for (first, first_id), (stop, stop_id) in pairwise(bounds.tolist()):
+            kept = KeptSets(totals[first : stop + 1] - first_id, ids[first_id:stop_id]) if self._keeps_sets else None
+            logs.append(SequenceLog(columns[0, first:stop].view(np.float32), columns[1, first:stop], kept))
         return logs
 
     def _close_window(self) -> None:
@@ -279,13 +309,14 @@ class StepLog:
         if self._windows:
             next(reversed(self._windows.values())).result()
         self._clear_out()
-        sorting = self._sorter.submit(self._sort, self._columns, self._pending, self._taken)
+        num_held = sum([len(window.result().rows.ids) for window in self._windows.values()])
+        sorting = self._sorter.submit(self._sort, self._columns, self._pending, self._taken, num_held)
         self._windows[next(self._numbers)] = sorting
         self._columns = self._spare.pop() if self._spare else _Columns()
         self._pending, self._taken, self._room = [], set(), 0
 
-    def _sort(self, columns: _Columns, steps: list[_Step], taken: set[int]) -> _Window:
-        """In the sorter's thread, to which these belong."""
+    def _sort(self, columns: _Columns, steps: list[_Step], taken: set[int], num_held: int) -> _Window:
+        """In the sorter's thread, to which these belong. The windows before hold `num_held` ids."""
         columns.append(steps)
         keys = columns.keys.values
         counts = keys >= 0
@@ -294,6 +325,7 @@ class StepLog:
         window = columns.sort(np.flatnonzero(counts), self._find_room)
         columns.clear()
         self._spare.append(columns)
+        self._reserve.prepare(num_held + len(window.rows.ids))
         return window
 
     def _find_room(self, num_ids: int) -> np.ndarray:
