@@ -4,20 +4,34 @@ A step's routes are written under the slots that its tokens' keys and values wen
 read by its block table, those of a cached prefix are there already, and a block that is given away is overwritten in
 the order in which the device overwrites it.
 
-Shapes: L = decoder layers, K = experts per token.
+Shapes: T = tokens of a step, L = decoder layers, K = experts per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 _PENDING_STEPS = 16
-_Step = tuple[np.ndarray, np.ndarray]
-"""What is written in one step."""
+
+
+class StepRoutes(NamedTuple):
+    """The routes of one step's tokens, and the cache slots that the tokens' keys and values went to."""
+
+    slots: np.ndarray  # int64 [T]
+    routes: np.ndarray  # uint8 | uint16 [T, L, K], contiguous
+
+
+class RoutedStep(Protocol):
+    """What a step has computed. It has to stay as it is until nothing here refers to it."""
+
+    @property
+    def routes(self) -> StepRoutes | None:
+        """None if it has no routes."""
+        ...
 
 
 class Stretch(NamedTuple):
@@ -42,17 +56,13 @@ class SlotRoutes:
         self._blocks: np.ndarray | None = None  # [blocks, tokens]
         self._shape: tuple[int, ...] = ()
         self._dtype = np.dtype(np.uint8)
-        self._pending: list[_Step] = []
+        self._pending: list[RoutedStep] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="keel-slot-routes")
         self._writing: list[Future[None]] = []
 
-    def write(
-        self,
-        slots: np.ndarray,  # int64 [tokens]
-        routes: np.ndarray,  # uint8 | uint16 [tokens, L, K], contiguous
-    ) -> None:
-        """The routes of one step's tokens. The arrays have to stay as they are until nothing here refers to them."""
-        self._pending.append((slots, routes))
+    def write(self, step: RoutedStep) -> None:
+        """The routes of one step's tokens."""
+        self._pending.append(step)
         if len(self._pending) >= _PENDING_STEPS:
             self._writing.append(self._writer.submit(self._write, self._pending))
             self._pending = []
@@ -85,11 +95,14 @@ class SlotRoutes:
             self._write(self._pending)
             self._pending = []
 
-    def _write(self, steps: list[_Step]) -> None:
+    def _write(self, steps: list[RoutedStep]) -> None:
         """Of two rows for one slot the later stays: numpy assigns in order."""
-        routes = steps[0][1]
+        written = [routes for step in steps if (routes := step.routes) is not None]
+        if not written:
+            return
+        routes = written[0].routes
         if self._blocks is None:
             self._shape, self._dtype = routes.shape[1:], routes.dtype
             self._blocks = np.empty((self._num_blocks, self._block_size), np.dtype((np.void, routes[0].nbytes)))
-        rows = np.concatenate([routes.reshape(-1) for _, routes in steps]).view(self._blocks.dtype)
-        self._blocks.reshape(-1)[np.concatenate([slots for slots, _ in steps])] = rows
+        rows = np.concatenate([routes.reshape(-1) for _, routes in written]).view(self._blocks.dtype)
+        self._blocks.reshape(-1)[np.concatenate([slots for slots, _ in written])] = rows

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rollout.vllm_plugin.slot_routes import StepRoutes
 from rollout.vllm_plugin.step_log import StepSets
 
 
@@ -27,13 +28,6 @@ class RouteBuffers(NamedTuple):
     ids: Tensor  # int32 [most tokens, L, K]
     dtype: np.dtype
     """Of the ids on the host: uint8 or uint16."""
-
-
-class StepRoutes(NamedTuple):
-    """The routes of one step's tokens, and the cache slots that the tokens' keys and values went to."""
-
-    slots: np.ndarray  # int64 [T]
-    routes: np.ndarray  # uint8 | uint16 [T, L, K]
 
 
 class Layout(NamedTuple):
