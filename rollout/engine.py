@@ -7,7 +7,6 @@ importing this module.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import itertools
 import queue
@@ -19,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rollout.config import RolloutConfig
+from rollout.outbox import Outbox, Reply
 from rollout.types import Completion, GenerateRequest
 from rollout.vllm_plugin.record import (
     EngineError,
@@ -48,7 +48,7 @@ class _Call:
     """One `generate` call on its way: its completions fill up in the order of its seeds."""
 
     request: GenerateRequest
-    future: Future[tuple[Completion, ...]]
+    reply: Reply[tuple[Completion, ...]]
     completions: list[Completion | None]
     sequence_ids: list[str]
 
@@ -85,6 +85,7 @@ class Engine:
         self._has_routes = record_routing
         self._can_sleep = config.sleep_while_training
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._outbox = Outbox()
         self._sequences: dict[str, _Sequence] = {}
         self._doomed: list[str] = []
         """Sequences to be aborted after this step: nobody waits for them any more."""
@@ -123,11 +124,11 @@ class Engine:
         the engine has failed or holds half-updated weights.
         """
         check_request(request, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
-        future: Future[tuple[Completion, ...]] = Future()
-        call = _Call(request, future, [None] * len(request.seeds), [])
-        self._post(lambda: self._submit(call), future)
-        future.add_done_callback(lambda done: self._forget(call) if done.cancelled() else None)
-        return await asyncio.wrap_future(future)
+        reply: Reply[tuple[Completion, ...]] = Reply()
+        call = _Call(request, reply, [None] * len(request.seeds), [])
+        self._post(lambda: self._submit(call), reply)
+        reply.future.add_done_callback(lambda done: self._forget(call) if done.cancelled() else None)
+        return await reply
 
     async def abort(self) -> None:
         """Ends every sequence now: the pending calls return what was drawn so far, finish reason `ABORT`."""
@@ -179,8 +180,8 @@ class Engine:
 
     # -- the caller's side ------------------------------------------------------------------------------------------
 
-    def _post(self, command: Callable[[], None], future: Future[Any]) -> None:
-        """Has the engine's thread run `command` between two steps; what it raises ends up in the future."""
+    def _post(self, command: Callable[[], None], reply: Reply[Any] | None) -> None:
+        """Has the engine's thread run `command` between two steps; what it raises is the reply, if any is awaited."""
 
         def run() -> None:
             try:
@@ -188,7 +189,8 @@ class Engine:
                     raise _error(self._death)
                 command()
             except BaseException as error:
-                _reject(future, error)
+                if reply is not None:
+                    self._outbox.reject(reply, error)
                 if not isinstance(error, Exception):
                     raise
 
@@ -196,16 +198,17 @@ class Engine:
             if self._death is None:
                 self._inbox.put(run)
                 return
-        _reject(future, _error(self._death))
+        if reply is not None:
+            reply.future.set_exception(_error(self._death))
 
     async def _ask(self, command: Callable[[], _T]) -> _T:
-        future: Future[_T] = Future()
-        self._post(lambda: _resolve(future, command()), future)
-        return await asyncio.wrap_future(future)
+        reply: Reply[_T] = Reply()
+        self._post(lambda: self._outbox.resolve(reply, command()), reply)
+        return await reply
 
     def _forget(self, call: _Call) -> None:
         """Aborts a call that nobody waits for any more."""
-        self._post(lambda: self._drop(call), Future())
+        self._post(lambda: self._drop(call), None)
 
     # -- the engine's thread ----------------------------------------------------------------------------------------
 
@@ -240,6 +243,7 @@ class Engine:
                 self._inbox.get()()
             while not self._inbox.empty():
                 self._inbox.get()()
+            self._outbox.send()
             if self._sequences and not self._updating and not self._stopping:
                 self._step()
 
@@ -247,11 +251,12 @@ class Engine:
         self._llm.step()
         self._num_steps += 1
         self._abort_doomed()
+        self._outbox.send()
 
     def _submit(self, call: _Call) -> None:
         if self._refusal is not None:
             raise _error(self._refusal)
-        if call.future.cancelled():
+        if call.reply.is_cancelled:
             return
         sequence_ids = [str(next(self._ids)) for _ in call.request.seeds]
         try:
@@ -265,8 +270,7 @@ class Engine:
             raise
 
     def _hand_out(self, finished: FinishedSequence) -> None:
-        """Takes a sequence that ends inside vLLM, in the middle of a step: many may end in one, and what is done with
-        the first need not wait for the last."""
+        """Takes a sequence that ends inside vLLM, in the middle of a step."""
         sequence = self._sequences.pop(finished.request_id, None)
         if sequence is None:  # its call was dropped
             return
@@ -277,10 +281,11 @@ class Engine:
             call.completions[sequence.place] = self._read(finished, sequence)
         except EngineError as error:
             self._doomed += self._let_go(call)
-            _reject(call.future, error)
+            self._outbox.reject(call.reply, error)
             return
         if not call.sequence_ids:
-            _resolve(call.future, tuple(completion for completion in call.completions if completion is not None))
+            completions = tuple(completion for completion in call.completions if completion is not None)
+            self._outbox.resolve(call.reply, completions)
 
     def _read(self, finished: FinishedSequence, sequence: _Sequence) -> Completion:
         request = sequence.call.request
@@ -351,7 +356,7 @@ class Engine:
             self._refusal = (f"a weight update {what}; run a complete one before generating", error)
             for call in self._pending_calls():
                 self._drop(call)
-                _reject(call.future, _error(self._refusal))
+                self._outbox.reject(call.reply, _error(self._refusal))
             raise _error(self._refusal) from error
 
     def _pending_calls(self) -> set[_Call]:
@@ -362,10 +367,11 @@ class Engine:
         with self._door:
             self._death = reason
         for call in self._pending_calls():
-            _reject(call.future, _error(reason))
+            self._outbox.reject(call.reply, _error(reason))
         self._sequences.clear()
         while not self._inbox.empty():
             self._inbox.get()()  # each command finds the engine dead and fails its caller
+        self._outbox.send()
 
     def _release(self) -> None:
         """Frees the model and the KV cache, so that this process can build another engine."""
@@ -381,14 +387,3 @@ def _error(reason: _Reason) -> EngineError:
     error = EngineError(message if cause is None else f"{message}: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error
-
-
-def _resolve(future: Future[_T], result: _T) -> None:
-    """Sets the result, unless the caller has gone."""
-    if future.set_running_or_notify_cancel():
-        future.set_result(result)
-
-
-def _reject(future: Future[Any], error: BaseException) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
