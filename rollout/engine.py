@@ -240,12 +240,16 @@ class Engine:
     def _serve(self) -> None:
         while not self._stopping:
             if self._updating or not self._sequences:
-                self._inbox.get()()
+                self._run_command()
             while not self._inbox.empty():
-                self._inbox.get()()
-            self._outbox.send()
+                self._run_command()
             if self._sequences and not self._updating and not self._stopping:
                 self._step()
+
+    def _run_command(self) -> None:
+        """The next one that was posted."""
+        self._inbox.get()()
+        self._outbox.send()
 
     def _step(self) -> None:
         self._llm.step()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator
-from itertools import groupby
 from typing import Any, Generic, TypeVar
 
 _T = TypeVar("_T")
@@ -30,11 +29,15 @@ class Reply(Generic[_T]):
         return self.future.cancelled()
 
 
+_Entry = tuple[Reply[Any], Any, BaseException | None]
+"""A reply, and the result or the exception that it is to get."""
+
+
 class Outbox:
     """Belongs to one thread. What is put in reaches its caller with the next `send`."""
 
     def __init__(self) -> None:
-        self._ready: list[tuple[Reply[Any], Any, BaseException | None]] = []
+        self._ready: list[_Entry] = []
 
     def resolve(self, reply: Reply[_T], result: _T) -> None:
         """The caller gets this result, unless it has gone."""
@@ -42,18 +45,26 @@ class Outbox:
 
     def reject(self, reply: Reply[Any], error: BaseException) -> None:
         """The caller gets this exception raised, unless it has gone."""
+        if isinstance(error, StopIteration):  # which no future takes
+            error = RuntimeError(f"StopIteration: {error}")
         self._ready.append((reply, None, error))
 
     def send(self) -> None:
         """Hands over what is ready; what was meant for a closed loop is dropped."""
         ready, self._ready = self._ready, []
-        for loop, group in groupby(ready, key=lambda entry: entry[0].loop):
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(_settle, list(group))
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Entry]] = {}
+        for entry in ready:
+            by_loop.setdefault(entry[0].loop, []).append(entry)
+        for loop, entries in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_settle, entries)
+            except RuntimeError:
+                if not loop.is_closed():
+                    raise
 
 
-def _settle(ready: list[tuple[Reply[Any], Any, BaseException | None]]) -> None:
-    for reply, result, error in ready:
+def _settle(entries: list[_Entry]) -> None:
+    for reply, result, error in entries:
         if reply.future.done():
             continue
         if error is None:

@@ -3,7 +3,7 @@
 Imported on a GPU only; `rollout/vllm_plugin/decode_runner.py` launches them. Parameters come in the order of
 `rollout.vllm_plugin.launch.Launcher`: tensors of the step, its numbers, what stays, constants.
 
-Shapes: B = rows of the step, P = rows of the CUDA graph that it replays, R = request slots.
+Shapes: B = rows of the step, P = rows of the CUDA graph that it replays, each of one token, R = request slots.
 """
 
 # ruff: noqa: PLR0913  the parameters are the kernels' own

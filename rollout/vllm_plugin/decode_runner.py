@@ -48,6 +48,7 @@ def _needs_nothing_more(runner: Any) -> bool:
         and not (runner.use_pp or runner.uses_inputs_embeds or runner.use_aux_hidden_state_outputs)
         and not (runner.parallel_config.enable_eplb or runner.model_config.rswa_window)
         and runner.ubatch_runner is runner.batch_sharder is runner.pcp_manager is runner.adaptive_verification is None
+        and runner.fast_prefill is None
         and tables.num_kv_cache_groups > 0
         and all(tables._slot_mapping_enabled)
     )
@@ -80,7 +81,7 @@ class DecodeRunner:
         """Of attention, for the same sequences; by layer."""
         self._groups = [group for groups in runner.attn_groups for group in groups]
         self._can_refresh = all(group.supports_draft_decode_metadata_update for group in self._groups)
-        """Whether all that changes of that from step to step lies on the device."""
+        """Whether all that changes of that from step to step lies on the device, but for the longest length."""
         self._place, self._take_in = self._make_launchers()
 
     def install(self) -> None:
@@ -120,14 +121,14 @@ class DecodeRunner:
         slots = np.fromiter((index[request_id] for request_id in request_ids), np.intp, num_rows)
         # A sequence whose next token is its prompt's last does not continue with a sampled one.
         is_drawn = step.computed >= runner.req_states.prefill_len.np[slots]
-        if graph.cg_mode != CUDAGraphMode.FULL or not is_drawn.all():
+        if graph.cg_mode != CUDAGraphMode.FULL or graph.num_reqs != graph.num_tokens or not is_drawn.all():
             return None
         return self._make_rows(step, slots, graph)
 
     def _make_rows(self, step: DecodeStep, slots: np.ndarray, graph: Any) -> _Rows:
         runner, buffers, tables = self._runner, self._runner.input_buffers, self._runner.block_tables
         request_ids, num_rows = step.scheduled_cached_reqs.req_ids, len(slots)
-        num_padded = graph.num_reqs or num_rows
+        num_padded = graph.num_reqs  # as many as tokens
         slots_there = async_tensor_h2d(slots, device=runner.device, dtype=torch.int64)
         prefills = runner.req_states.prefill_len.np[slots]
         rows: Any = slice(num_rows)  # for a view of the hidden states, where indices would copy them

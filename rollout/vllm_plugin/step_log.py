@@ -24,9 +24,10 @@ from rollout.types import KeptSets
 _WINDOW_STEPS = 48
 _WINDOW_IDS = 1 << 23
 """Kept ids for which there may be room in a window's steps; it ends with the step that exceeds it."""
-_MOST_RESERVED = 1 << 24
+_MOST_RESERVED = 1 << 23
+"""Ids of sequences that may end at once for which memory is held ready."""
 _PAGE_IDS = 1 << 10
-"""Of 4 bytes in a page of memory."""
+"""In a page of memory."""
 
 
 class StepSets(NamedTuple):
@@ -58,7 +59,7 @@ class StepRows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SequenceLog:
-    """What was sampled for one sequence. Sequences that were taken together share memory."""
+    """What was sampled for one sequence. Sequences that end one after the other share memory, up to 48 MiB of it."""
 
     logprobs: np.ndarray  # float32 [T]
     versions: np.ndarray  # int32 [T], the weights that drew each token
@@ -198,13 +199,13 @@ class _Window:
 
 
 class _Reserve:
-    """Memory for ids that are given out, touched before they are: to get it takes longer than to copy into it."""
+    """Memory for ids that are given out, got from the system ahead of time: to get it takes longer than to fill it."""
 
     def __init__(self) -> None:
         self._room = np.empty(0, np.int32)
 
     def take(self, num_ids: int) -> np.ndarray:
-        """An int32 array to be filled."""
+        """An int32 array to be filled; of new memory if there is not enough."""
         room = self._room
         if num_ids > len(room):
             return np.empty(num_ids, np.int32)
@@ -212,7 +213,7 @@ class _Reserve:
         return room[:num_ids]
 
     def prepare(self, num_ids: int) -> None:
-        """Gets room for so many, within bounds; in another thread than the one that takes."""
+        """Sees to room for so many, up to a bound, and gets half as much again. In another thread than `take`."""
         num_ids = min(num_ids, _MOST_RESERVED)
         if len(self._room) < num_ids:
             room = np.empty(num_ids + num_ids // 2, np.int32)
@@ -283,7 +284,7 @@ class StepLog:
         ends = np.cumsum(np.diff(spans)[:, ::2], axis=0)
         columns = np.empty((3, ends[-1, 0] if len(ends) else 0), np.int32)
         ids = self._reserve.take(int(ends[-1, 1]) if len(ends) else 0)
-        # Through numpy each of these copies would give up the interpreter, for which another thread waits.
+        # Numpy gives up the interpreter for a copy of more than 500 ids, and another thread waits for it.
         target, first, first_id = ids.data, 0, 0
         pieces = (piece for pieces in sequences for piece in pieces)
         for (rows, (from_row, to_row, from_id, to_id)), (stop, stop_id) in zip(pieces, ends.tolist(), strict=True):

@@ -44,6 +44,29 @@ def test_a_loop_is_woken_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(woken) == 1
 
 
+def test_a_closed_loop_holds_up_nobody() -> None:
+    outbox = Outbox()
+
+    async def leave() -> Reply[int]:
+        return Reply()
+
+    closed = asyncio.run(leave())
+    assert closed.loop.is_closed()
+
+    async def wait() -> int:
+        first, second = Reply[int](), Reply[int]()
+        outbox.resolve(closed, 0)
+        outbox.reject(first, StopIteration("spent"))
+        outbox.resolve(closed, 1)
+        outbox.resolve(second, 2)
+        in_a_thread(outbox.send)
+        with pytest.raises(RuntimeError, match="spent"):  # no future takes a StopIteration
+            await first
+        return await second
+
+    assert asyncio.run(asyncio.wait_for(wait(), 10)) == 2
+
+
 def test_callers_that_have_gone() -> None:
     """One has given up, one's loop is closed; the third, in a loop after theirs, still gets its own."""
     outbox = Outbox()
