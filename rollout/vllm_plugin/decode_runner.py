@@ -128,7 +128,7 @@ class DecodeRunner:
     def _make_rows(self, step: DecodeStep, slots: np.ndarray, graph: Any) -> _Rows:
         runner, buffers, tables = self._runner, self._runner.input_buffers, self._runner.block_tables
         request_ids, num_rows = step.scheduled_cached_reqs.req_ids, len(slots)
-        num_padded = graph.num_reqs  # as many as tokens
+        num_padded = graph.num_tokens  # and as many requests
         slots_there = async_tensor_h2d(slots, device=runner.device, dtype=torch.int64)
         prefills = runner.req_states.prefill_len.np[slots]
         rows: Any = slice(num_rows)  # for a view of the hidden states, where indices would copy them
@@ -142,7 +142,7 @@ class DecodeRunner:
             expanded_local_pos=self._zeros[:num_rows],
             num_scheduled_tokens=np.ones(num_rows, np.int32),
             num_tokens=num_rows,
-            num_tokens_after_padding=graph.num_tokens,
+            num_tokens_after_padding=num_padded,
             num_draft_tokens=0,
             num_draft_tokens_per_req=None,
             query_start_loc=buffers.query_start_loc[: num_padded + 1],
@@ -156,9 +156,9 @@ class DecodeRunner:
             is_prefilling_np=np.zeros(num_rows, bool),
             has_prefill=False,
             decode_graph_eligible=True,
-            input_ids=buffers.input_ids[: graph.num_tokens],
-            positions=buffers.positions[: graph.num_tokens],
-            is_padding=buffers.is_padding[: graph.num_tokens],
+            input_ids=buffers.input_ids[:num_padded],
+            positions=buffers.positions[:num_padded],
+            is_padding=buffers.is_padding[:num_padded],
             logits_indices=rows,
             cu_num_logits=self._numbers[: num_rows + 1],
             cu_num_logits_np=np.arange(num_rows + 1, dtype=np.int32),
@@ -166,7 +166,7 @@ class DecodeRunner:
             prompt_lens=None,
         )
         block_tables = tuple(table[:num_padded] for table in tables.input_block_tables)
-        return _Rows(request_ids, batch, graph, block_tables, tables.slot_mappings[:, : graph.num_tokens])
+        return _Rows(request_ids, batch, graph, block_tables, tables.slot_mappings[:, :num_padded])
 
     def _run(self, step: DecodeStep, rows: _Rows) -> None:
         runner, batch = self._runner, rows.batch

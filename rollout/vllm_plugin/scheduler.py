@@ -331,7 +331,8 @@ class RecordingScheduler(AsyncScheduler):
         self.current_step += 1
         self.kv_cache_manager.new_step_starts()
         new_block_ids: list[tuple[list[int], ...] | None] = [None] * len(batch.requests)
-        for row in batch.find_growing(self._block_step):
+        growing = batch.find_growing(self._block_step)
+        for row in growing:
             new_block_ids[row] = self._grow(batch.requests[row])
         computed, num_sampled = batch.advance()
         cached = CachedRequestData(
@@ -345,7 +346,7 @@ class RecordingScheduler(AsyncScheduler):
         )
         output = DecodeStep(
             computed=computed,
-            grown=[row for row, blocks in enumerate(new_block_ids) if blocks is not None],
+            grown=[row for row in growing if new_block_ids[row] is not None],
             scheduled_new_reqs=[],
             scheduled_cached_reqs=cached,
             num_scheduled_tokens=dict.fromkeys(batch.request_ids, 1),
