@@ -7,6 +7,7 @@ importing this module.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import queue
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rollout.config import RolloutConfig
-from rollout.outbox import Outbox, Reply
+from rollout.outbox import Outbox
 from rollout.types import Completion, GenerateRequest
 from rollout.vllm_plugin.record import (
     EngineError,
@@ -48,7 +49,7 @@ class _Call:
     """One `generate` call on its way: its completions fill up in the order of its seeds."""
 
     request: GenerateRequest
-    reply: Reply[tuple[Completion, ...]]
+    future: asyncio.Future[tuple[Completion, ...]]
     completions: list[Completion | None]
     sequence_ids: list[str]
 
@@ -124,11 +125,11 @@ class Engine:
         the engine has failed or holds half-updated weights.
         """
         check_request(request, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
-        reply: Reply[tuple[Completion, ...]] = Reply()
-        call = _Call(request, reply, [None] * len(request.seeds), [])
-        self._post(lambda: self._submit(call), reply)
-        reply.future.add_done_callback(lambda done: self._forget(call) if done.cancelled() else None)
-        return await reply
+        future: asyncio.Future[tuple[Completion, ...]] = asyncio.get_running_loop().create_future()
+        call = _Call(request, future, [None] * len(request.seeds), [])
+        self._post(lambda: self._submit(call), future)
+        future.add_done_callback(lambda done: self._forget(call) if done.cancelled() else None)
+        return await future
 
     async def abort(self) -> None:
         """Ends every sequence now: the pending calls return what was drawn so far, finish reason `ABORT`."""
@@ -180,8 +181,8 @@ class Engine:
 
     # -- the caller's side ------------------------------------------------------------------------------------------
 
-    def _post(self, command: Callable[[], None], reply: Reply[Any] | None) -> None:
-        """Has the engine's thread run `command` between two steps; what it raises is the reply, if any is awaited."""
+    def _post(self, command: Callable[[], None], future: asyncio.Future[Any] | None) -> None:
+        """Has the engine's thread run `command` between two steps; what it raises ends up in the future, if any."""
 
         def run() -> None:
             try:
@@ -189,8 +190,8 @@ class Engine:
                     raise _error(self._death)
                 command()
             except BaseException as error:
-                if reply is not None:
-                    self._outbox.reject(reply, error)
+                if future is not None:
+                    self._outbox.reject(future, error)
                 if not isinstance(error, Exception):
                     raise
 
@@ -198,13 +199,13 @@ class Engine:
             if self._death is None:
                 self._inbox.put(run)
                 return
-        if reply is not None:
-            reply.future.set_exception(_error(self._death))
+        if future is not None:
+            future.set_exception(_error(self._death))
 
     async def _ask(self, command: Callable[[], _T]) -> _T:
-        reply: Reply[_T] = Reply()
-        self._post(lambda: self._outbox.resolve(reply, command()), reply)
-        return await reply
+        future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
+        self._post(lambda: self._outbox.resolve(future, command()), future)
+        return await future
 
     def _forget(self, call: _Call) -> None:
         """Aborts a call that nobody waits for any more."""
@@ -260,7 +261,7 @@ class Engine:
     def _submit(self, call: _Call) -> None:
         if self._refusal is not None:
             raise _error(self._refusal)
-        if call.reply.is_cancelled:
+        if call.future.cancelled():
             return
         sequence_ids = [str(next(self._ids)) for _ in call.request.seeds]
         try:
@@ -285,11 +286,11 @@ class Engine:
             call.completions[sequence.place] = self._read(finished, sequence)
         except EngineError as error:
             self._doomed += self._let_go(call)
-            self._outbox.reject(call.reply, error)
+            self._outbox.reject(call.future, error)
             return
         if not call.sequence_ids:
             completions = tuple(completion for completion in call.completions if completion is not None)
-            self._outbox.resolve(call.reply, completions)
+            self._outbox.resolve(call.future, completions)
 
     def _read(self, finished: FinishedSequence, sequence: _Sequence) -> Completion:
         request = sequence.call.request
@@ -360,7 +361,7 @@ class Engine:
             self._refusal = (f"a weight update {what}; run a complete one before generating", error)
             for call in self._pending_calls():
                 self._drop(call)
-                self._outbox.reject(call.reply, _error(self._refusal))
+                self._outbox.reject(call.future, _error(self._refusal))
             raise _error(self._refusal) from error
 
     def _pending_calls(self) -> set[_Call]:
@@ -371,7 +372,7 @@ class Engine:
         with self._door:
             self._death = reason
         for call in self._pending_calls():
-            self._outbox.reject(call.reply, _error(reason))
+            self._outbox.reject(call.future, _error(reason))
         self._sequences.clear()
         while not self._inbox.empty():
             self._inbox.get()()  # each command finds the engine dead and fails its caller

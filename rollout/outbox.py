@@ -7,54 +7,35 @@ hundreds of results come at once, that costs as much as everything else that is 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
-
-
-class Reply(Generic[_T]):
-    """What a caller waits for. To be made in the caller's event loop."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[_T] = self.loop.create_future()
-
-    def __await__(self) -> Generator[Any, None, _T]:
-        return self.future.__await__()
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody waits any more."""
-        return self.future.cancelled()
-
-
-_Entry = tuple[Reply[Any], Any, BaseException | None]
-"""A reply, and the result or the exception that it is to get."""
+_Entry = tuple[asyncio.Future[Any], Any, BaseException | None]
+"""What a caller waits for, and the result or the exception that it is to get."""
 
 
 class Outbox:
-    """Belongs to one thread. What is put in reaches its caller with the next `send`."""
+    """Belongs to one thread. What is put in reaches the future's caller, in its loop, with the next `send`."""
 
     def __init__(self) -> None:
         self._ready: list[_Entry] = []
 
-    def resolve(self, reply: Reply[_T], result: _T) -> None:
+    def resolve(self, future: asyncio.Future[_T], result: _T) -> None:
         """The caller gets this result, unless it has gone."""
-        self._ready.append((reply, result, None))
+        self._ready.append((future, result, None))
 
-    def reject(self, reply: Reply[Any], error: BaseException) -> None:
+    def reject(self, future: asyncio.Future[Any], error: BaseException) -> None:
         """The caller gets this exception raised, unless it has gone."""
         if isinstance(error, StopIteration):  # which no future takes
             error = RuntimeError(f"StopIteration: {error}")
-        self._ready.append((reply, None, error))
+        self._ready.append((future, None, error))
 
     def send(self) -> None:
         """Hands over what is ready; what was meant for a closed loop is dropped."""
         ready, self._ready = self._ready, []
         by_loop: dict[asyncio.AbstractEventLoop, list[_Entry]] = {}
         for entry in ready:
-            by_loop.setdefault(entry[0].loop, []).append(entry)
+            by_loop.setdefault(entry[0].get_loop(), []).append(entry)
         for loop, entries in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_settle, entries)
@@ -64,10 +45,10 @@ class Outbox:
 
 
 def _settle(entries: list[_Entry]) -> None:
-    for reply, result, error in entries:
-        if reply.future.done():
+    for future, result, error in entries:
+        if future.done():
             continue
         if error is None:
-            reply.future.set_result(result)
+            future.set_result(result)
         else:
-            reply.future.set_exception(error)
+            future.set_exception(error)

@@ -8,7 +8,16 @@ from collections.abc import Callable
 
 import pytest
 
-from rollout.outbox import Outbox, Reply
+from rollout.outbox import Outbox
+
+
+def make_future() -> asyncio.Future[int]:
+    return asyncio.get_running_loop().create_future()
+
+
+async def leave() -> asyncio.Future[int]:
+    """What nobody waits for, in a loop that is about to close."""
+    return make_future()
 
 
 def in_a_thread(work: Callable[[], None]) -> None:
@@ -21,7 +30,7 @@ def test_a_loop_is_woken_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     outbox, woken = Outbox(), []
 
     async def wait() -> list[int | BaseException]:
-        replies: list[Reply[int]] = [Reply() for _ in range(4)]
+        replies = [make_future() for _ in range(4)]
         loop = asyncio.get_running_loop()
         wake = loop.call_soon_threadsafe
         monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args: woken.append(0) or wake(*args))
@@ -45,16 +54,11 @@ def test_a_loop_is_woken_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_closed_loop_holds_up_nobody() -> None:
-    outbox = Outbox()
-
-    async def leave() -> Reply[int]:
-        return Reply()
-
-    closed = asyncio.run(leave())
-    assert closed.loop.is_closed()
+    outbox, closed = Outbox(), asyncio.run(leave())
+    assert closed.get_loop().is_closed()
 
     async def wait() -> int:
-        first, second = Reply[int](), Reply[int]()
+        first, second = make_future(), make_future()
         outbox.resolve(closed, 0)
         outbox.reject(first, StopIteration("spent"))
         outbox.resolve(closed, 1)
@@ -69,17 +73,12 @@ def test_a_closed_loop_holds_up_nobody() -> None:
 
 def test_callers_that_have_gone() -> None:
     """One has given up, one's loop is closed; the third, in a loop after theirs, still gets its own."""
-    outbox = Outbox()
-
-    async def leave() -> Reply[int]:
-        return Reply()
-
-    closed = asyncio.run(leave())
+    outbox, closed = Outbox(), asyncio.run(leave())
 
     async def wait() -> int:
-        given_up, reply = Reply[int](), Reply[int]()
-        given_up.future.cancel()
-        assert given_up.is_cancelled and not reply.is_cancelled
+        given_up, reply = make_future(), make_future()
+        given_up.cancel()
+        assert given_up.cancelled() and not reply.cancelled()
 
         def put() -> None:
             outbox.resolve(closed, 1)
@@ -92,4 +91,4 @@ def test_callers_that_have_gone() -> None:
         return await reply
 
     assert asyncio.run(wait()) == 3
-    assert not closed.future.done()
+    assert not closed.done()
