@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -30,18 +31,18 @@ def start_llm_engine(
     Its sequences come and go by the scheduler (`rollout/vllm_plugin/scheduler.py`). Sets the environment that vLLM
     reads at import. Raises UnsupportedVllmError for a vLLM that the scheduler does not fit.
     """
+    # What an engine needs is imported here, and the engine is made in another function: of a module that is missing,
+    # vLLM keeps the error for as long as the process lives, with every frame that was on the stack and what is in it.
     _set_environment(config)
     register()
-    import torch
     import vllm
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
-    from vllm.v1.engine.llm_engine import LLMEngine
 
     check_version(vllm.__version__)
+    for module in ("vllm.v1.engine.llm_engine", "rollout.vllm_plugin.recorder"):
+        importlib.import_module(module)
     _import_model(model_path)
-    from rollout.vllm_plugin.recorder import start_recording
-
     arguments = _common_arguments(model_path, config) | {
         "max_model_len": max_model_len,
         "return_sampling_mask": record_kept,
@@ -49,19 +50,24 @@ def start_llm_engine(
     }
     model = EngineArgs(**arguments).create_model_config()
     arguments["enable_return_routed_experts"] = record_routing and model.is_moe
+    if current_platform.is_cpu():
+        arguments |= _cpu_arguments(config, latent_attention=model.is_deepseek_mla)
+    else:
+        arguments |= _gpu_arguments(config)
+    return _make_engine(EngineArgs(**arguments), config)
+
+
+def _make_engine(arguments: Any, config: RolloutConfig) -> Any:
+    import torch
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    from rollout.vllm_plugin.recorder import start_recording
+
     set_num_threads = torch.set_num_threads
     if current_platform.is_cpu():
         set_num_threads(config.cpu_threads)
-        arguments |= _cpu_arguments(config, latent_attention=model.is_deepseek_mla)
-    else:
-        arguments |= {
-            "gpu_memory_utilization": config.gpu_memory_fraction,
-            "enforce_eager": config.enforce_eager,
-            "enable_sleep_mode": config.sleep_while_training,
-        }
-        if config.kv_cache_gib is not None:
-            arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
-    engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+    engine = LLMEngine.from_engine_args(arguments)
     torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
     engine.collective_rpc("init_weight_transfer_engine", args=({},))
     engine.collective_rpc(start_recording)
@@ -112,6 +118,17 @@ def _common_arguments(model_path: str, config: RolloutConfig) -> dict[str, Any]:
         "use_tqdm_on_load": False,
         **ENGINE_ARGUMENTS,
     }
+
+
+def _gpu_arguments(config: RolloutConfig) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "gpu_memory_utilization": config.gpu_memory_fraction,
+        "enforce_eager": config.enforce_eager,
+        "enable_sleep_mode": config.sleep_while_training,
+    }
+    if config.kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+    return arguments
 
 
 def _cpu_arguments(config: RolloutConfig, *, latent_attention: bool) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -139,6 +141,23 @@ def test_shutdown_fails_what_is_pending(tmp_path: Path) -> None:
 
     with running(make_qwen3(tmp_path), FLOAT32) as engine:
         asyncio.run(run(engine))
+
+
+def test_shutdown_frees_the_first_engine_of_a_process(tmp_path: Path) -> None:
+    """It is the one whose start imports vLLM, which keeps errors of that with the stack that they were raised on."""
+    code = """
+import sys, weakref
+from rollout.config import RolloutConfig
+from rollout.engine import Engine
+
+config = RolloutConfig(dtype="float32")
+engine = Engine(sys.argv[1], config, max_model_len=64, record_kept=True, record_routing=True)
+model = weakref.ref(engine._core.model_executor.driver_worker.worker.model_runner.model)
+assert model() is not None
+engine.shutdown()
+assert model() is None, "the engine was shut down, and its model is still there"
+"""
+    subprocess.run([sys.executable, "-c", code, str(make_qwen3_moe(tmp_path))], check=True)
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
