@@ -6,8 +6,9 @@ TORCH := torch==2.13.0+cpu
 # PyTorch's own index of CPU builds, asked only when the configured index does not have this one.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq
-# One thread per process: several processes share the cores, and results stay bit-equal from run to run.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# One thread per process: several processes share the cores, and results stay bit-equal from run to run. A crash tells
+# where it was, also after pytest, which does so itself while it runs: native threads outlive the last test.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -X faulthandler -m pytest
 
 .PHONY: install quickstart test test-slow check clean
 
