@@ -15,8 +15,8 @@ The nucleus widths are searched for sets of about 8 and 80 ids; the last row doe
 before it is measured. Keel's engines draw the same batch at the same time, in turns of some steps: while one has its
 turn, the other rests, and only its own turns count. For where the host sets the pace, its speed changes by tens of
 percent within seconds. The threads that drive them share a core, since those of a shared machine are not equally fast.
-"ratio" is the median over the repeats of an engine's tokens/s by those of `none` in the same turns. "waits" is the time
-per step in which such a thread waits for the GPU: where there is none, the host sets the pace.
+"ratio" is an engine's tokens/s by those of `none` in the same turns, the median over the repeats and the quartiles.
+"waits" is the time per step in which such a thread waits for the GPU: where there is none, the host sets the pace.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from rollout.types import Completion, GenerateRequest, KeptSets
 NUM_SEQUENCES, PROMPT_TOKENS, NEW_TOKENS = 256, 64, 256
 SET_SIZES = (8, 80)
 SEARCH_STEPS, SEARCH_TOKENS = 7, 12
-NUM_REPEATS = 9
+NUM_REPEATS = 25
 TURN_STEPS = 32
 KV_CACHE_GIB = 4.0
 MEMORY_FRACTION = 0.2
@@ -150,10 +150,11 @@ def print_width(model: str, top_p: float, rows: dict[str, list[Drawn]]) -> None:
     for name, repeats in rows.items():
         speed = [drawn.tokens_per_s for drawn in repeats]
         ratios = [ours / none.tokens_per_s for ours, none in zip(speed, rows["none"], strict=False)]
+        lower, ratio, upper = np.quantile(ratios, (0.25, 0.5, 0.75))
         step, waits = (statistics.median(times) for times in zip(*(drawn[1:3] for drawn in repeats), strict=True))
         print(
             f"{name:5} {statistics.median(speed):9.0f} tokens/s (fastest {max(speed):6.0f})  {step:5.2f} ms/step  "
-            f"waits {waits:5.2f}  ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+            f"waits {waits:5.2f}  ratio {ratio:.3f} ({lower:.3f} to {upper:.3f})",
             flush=True,
         )
 
