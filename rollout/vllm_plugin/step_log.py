@@ -10,12 +10,14 @@ Shapes: B = rows of a step, T = sampled tokens of a sequence, N = kept ids, R = 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, pairwise
 from operator import itemgetter
 from typing import NamedTuple, Protocol
+from weakref import finalize
 
 import numpy as np
 
@@ -26,6 +28,8 @@ _WINDOW_IDS = 1 << 23
 """Kept ids for which there may be room in a window's steps; it ends with the step that exceeds it."""
 _MOST_RESERVED = 1 << 23
 """Ids of sequences that may end at once for which memory is held ready."""
+_MOST_IDLE = 2
+"""Blocks of such memory that are kept when nothing refers to them any more."""
 _PAGE_IDS = 1 << 10
 """In a page of memory."""
 
@@ -75,16 +79,16 @@ class _Step(NamedTuple):
     rows: StepRows
 
 
-class _Rows(NamedTuple):
+class _Sampled(NamedTuple):
     """Some rows."""
 
-    columns: np.ndarray  # int32 [3, R]: the bits of the log-probabilities, versions, sizes of the kept sets
+    rows: np.ndarray  # int32 [3 R]: of each the bits of its log-probability, its version, and the size of its kept set
     ids: np.ndarray  # int32, the sets one after the other
 
 
 _Span = tuple[int, int, int, int]
 """Of one sequence among some rows: from where to where the rows go, and the ids."""
-_Piece = tuple[_Rows, _Span]
+_Piece = tuple[_Sampled, _Span]
 
 
 class _Column:
@@ -152,9 +156,9 @@ class _Columns:
         order = np.argsort(keys, kind="stable")
         return _Window(keys[order], self._gather(rows[order], find_room))
 
-    def _gather(self, rows: np.ndarray, find_room: Callable[[int], np.ndarray]) -> _Rows:
-        gathered = self._rows.values[:, rows]
-        sizes = gathered[2]
+    def _gather(self, rows: np.ndarray, find_room: Callable[[int], np.ndarray]) -> _Sampled:
+        columns = self._rows.values[:, rows]
+        sizes = columns[2]
         filled = sizes > 0
         starts, ends = self._starts.values[rows[filled]], np.cumsum(sizes[filled], dtype=np.int64)
         total = int(ends[-1]) if len(ends) else 0
@@ -168,7 +172,7 @@ class _Columns:
             places[ends[:-1]] = starts[1:] - (starts + sizes[filled])[:-1] + 1
             np.cumsum(places, out=places)
             np.take(self.ids.values, places, out=ids, mode="clip")
-        return _Rows(gathered, ids)
+        return _Sampled(columns.T.ravel(), ids)
 
     def clear(self) -> None:
         for column in (self.keys, self.ids, self._rows, self._starts):
@@ -184,10 +188,10 @@ def _no_sets(num_rows: int) -> StepSets:
 class _Window:
     """Rows in the order of their sequences."""
 
-    def __init__(self, keys: np.ndarray, rows: _Rows) -> None:
-        self.rows = rows
+    def __init__(self, keys: np.ndarray, sampled: _Sampled) -> None:
+        self.sampled = sampled
         cuts = np.flatnonzero(np.diff(keys, prepend=-1, append=-1))
-        ends = np.concatenate([[0], np.cumsum(rows.columns[2], dtype=np.int64)])[cuts].tolist()
+        ends = np.concatenate([[0], np.cumsum(sampled.rows[2::3], dtype=np.int64)])[cuts].tolist()
         keys, cuts = keys[cuts[:-1]].tolist(), cuts.tolist()
         self.spans: dict[int, _Span] = dict(zip(keys, zip(cuts, cuts[1:], ends, ends[1:], strict=False), strict=False))
         """By the sequence's key; whoever takes a sequence takes its span."""
@@ -199,10 +203,15 @@ class _Window:
 
 
 class _Reserve:
-    """Memory for ids that are given out, got from the system ahead of time: to get it takes longer than to fill it."""
+    """Memory for ids that are given out. To get it from the system takes longer than to fill it.
+
+    So it is got ahead of time, in blocks, and a block that nothing refers to any more is used again.
+    """
 
     def __init__(self) -> None:
         self._room = np.empty(0, np.int32)
+        """What is left of the block in use."""
+        self._idle: deque[np.ndarray] = deque(maxlen=_MOST_IDLE)
 
     def take(self, num_ids: int) -> np.ndarray:
         """An int32 array to be filled; of new memory if there is not enough."""
@@ -216,9 +225,17 @@ class _Reserve:
         """Sees to room for so many, up to a bound, and gets half as much again. In another thread than `take`."""
         num_ids = min(num_ids, _MOST_RESERVED)
         if len(self._room) < num_ids:
-            room = np.empty(num_ids + num_ids // 2, np.int32)
-            room[::_PAGE_IDS] = 0
-            self._room = room
+            block = self._find_block(num_ids)
+            self._room = np.frombuffer(block.data, np.int32)  # what is taken refers to this, and not to the block
+            finalize(self._room, self._idle.append, block).atexit = False
+
+    def _find_block(self, num_ids: int) -> np.ndarray:
+        while self._idle:
+            if len(block := self._idle.pop()) >= num_ids:
+                return block
+        block = np.empty(num_ids + num_ids // 2, np.int32)
+        block[::_PAGE_IDS] = 0
+        return block
 
 
 class StepLog:
@@ -262,11 +279,11 @@ class StepLog:
             numbered = self._copied.pop(key, [])
             for number, window in windows:
                 if (span := window.spans.pop(key, None)) is not None:
-                    numbered.append((number, (window.rows, span)))
+                    numbered.append((number, (window.sampled, span)))
             numbered.sort(key=itemgetter(0))
             pieces = [piece for _, piece in numbered]
             if (span := latest.spans.get(key)) is not None:
-                pieces.append((latest.rows, span))
+                pieces.append((latest.sampled, span))
             sequences.append(pieces)
         return self._join(sequences)
 
@@ -282,27 +299,27 @@ class StepLog:
         """The pieces of each sequence, one after the other: a copy."""
         spans = np.array([span for pieces in sequences for _, span in pieces], np.int64).reshape(-1, 4)
         ends = np.cumsum(np.diff(spans)[:, ::2], axis=0)
-        columns = np.empty((3, ends[-1, 0] if len(ends) else 0), np.int32)
-        ids = self._reserve.take(int(ends[-1, 1]) if len(ends) else 0)
+        num_rows, num_ids = ends[-1].tolist() if len(ends) else (0, 0)
+        rows, ids = np.empty(3 * num_rows, np.int32), self._reserve.take(num_ids)
         # Numpy gives up the interpreter for a copy of more than 500 ids, and another thread waits for it.
-        target, first, first_id = ids.data, 0, 0
+        to_rows, to_ids, row, first_id = rows.data, ids.data, 0, 0
         pieces = (piece for pieces in sequences for piece in pieces)
-        for (rows, (from_row, to_row, from_id, to_id)), (stop, stop_id) in zip(pieces, ends.tolist(), strict=True):
-            columns[:, first:stop] = rows.columns[:, from_row:to_row]
-            target[first_id:stop_id] = rows.ids.data[from_id:to_id]
-            first, first_id = stop, stop_id
-        return self._split(columns, ids, [len(pieces) for pieces in sequences], ends)
+        for (sampled, (start, stop, start_id, stop_id)), (next_row, next_id) in zip(pieces, ends.tolist(), strict=True):
+            to_rows[3 * row : 3 * next_row] = sampled.rows.data[3 * start : 3 * stop]
+            to_ids[first_id:next_id] = sampled.ids.data[start_id:stop_id]
+            row, first_id = next_row, next_id
+        return self._split(_Sampled(rows, ids), [len(pieces) for pieces in sequences], ends)
 
-    def _split(
-        self, columns: np.ndarray, ids: np.ndarray, num_pieces: list[int], ends: np.ndarray
-    ) -> list[SequenceLog]:
+    def _split(self, sampled: _Sampled, num_pieces: list[int], ends: np.ndarray) -> list[SequenceLog]:
         """Each sequence's share of the joined pieces, which end at rows and ids `ends`, int64 [pieces, 2]."""
         bounds = np.concatenate([[[0, 0]], ends])[np.cumsum([0, *num_pieces])]
-        totals = np.concatenate([[0], np.cumsum(columns[2], dtype=np.int64)])
+        logprobs, versions, sizes = np.ascontiguousarray(sampled.rows.reshape(-1, 3).T)
+        logprobs, totals = logprobs.view(np.float32), np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         logs = []
         for (first, first_id), (stop, stop_id) in pairwise(bounds.tolist()):
-            kept = KeptSets(totals[first : stop + 1] - first_id, ids[first_id:stop_id]) if self._keeps_sets else None
-            logs.append(SequenceLog(columns[0, first:stop].view(np.float32), columns[1, first:stop], kept))
+            offsets, ids = totals[first : stop + 1] - first_id, sampled.ids[first_id:stop_id]
+            kept = KeptSets(offsets, ids) if self._keeps_sets else None
+            logs.append(SequenceLog(logprobs[first:stop], versions[first:stop], kept))
         return logs
 
     def _close_window(self) -> None:
@@ -310,7 +327,7 @@ class StepLog:
         if self._windows:
             next(reversed(self._windows.values())).result()
         self._clear_out()
-        num_held = sum([len(window.result().rows.ids) for window in self._windows.values()])
+        num_held = sum([len(window.result().sampled.ids) for window in self._windows.values()])
         sorting = self._sorter.submit(self._sort, self._columns, self._pending, self._taken, num_held)
         self._windows[next(self._numbers)] = sorting
         self._columns = self._spare.pop() if self._spare else _Columns()
@@ -326,7 +343,7 @@ class StepLog:
         window = columns.sort(np.flatnonzero(counts), self._find_room)
         columns.clear()
         self._spare.append(columns)
-        self._reserve.prepare(num_held + len(window.rows.ids))
+        self._reserve.prepare(num_held + len(window.sampled.ids))
         return window
 
     def _find_room(self, num_ids: int) -> np.ndarray:
@@ -343,10 +360,11 @@ class StepLog:
         for number, sorting in list(self._windows.items()):
             if not (window := sorting.result()).is_mostly_gone():
                 continue
+            rows, ids = window.sampled
             for key, (first, stop, first_id, stop_id) in window.spans.items():
-                left = _Rows(window.rows.columns[:, first:stop].copy(), window.rows.ids[first_id:stop_id].copy())
+                left = _Sampled(rows[3 * first : 3 * stop].copy(), ids[first_id:stop_id].copy())
                 span = 0, stop - first, 0, stop_id - first_id
                 self._copied.setdefault(key, []).append((number, (left, span)))
-            if (room := window.rows.ids.base) is not None:
+            if (room := ids.base) is not None:
                 self._rooms.append(room)
             del self._windows[number]
