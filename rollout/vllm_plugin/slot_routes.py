@@ -10,12 +10,9 @@ Shapes: T = tokens of a step, L = decoder layers, K = experts per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-
-_PENDING_STEPS = 16
 
 
 class StepRoutes(NamedTuple):
@@ -23,15 +20,6 @@ class StepRoutes(NamedTuple):
 
     slots: np.ndarray  # int64 [T]
     routes: np.ndarray  # uint8 | uint16 [T, L, K], contiguous
-
-
-class RoutedStep(Protocol):
-    """What a step has computed. It has to stay as it is until nothing here refers to it."""
-
-    @property
-    def routes(self) -> StepRoutes | None:
-        """None if it has no routes."""
-        ...
 
 
 class Stretch(NamedTuple):
@@ -47,7 +35,8 @@ class SlotRoutes:
     """The routes of every token in a KV cache of `num_blocks` blocks of `block_size` tokens.
 
     Memory is reserved with the first step, for all slots, and used as the cache fills. A row [L, K] is one opaque value
-    here, which numpy copies whole. Steps are put aside, and written by the dozen in a thread of its own.
+    here, which numpy copies whole. A step is written as it comes: to hand the interpreter to a thread that writes, and
+    to get it back, takes several times as long.
     """
 
     def __init__(self, *, num_blocks: int, block_size: int) -> None:
@@ -56,26 +45,22 @@ class SlotRoutes:
         self._blocks: np.ndarray | None = None  # [blocks, tokens]
         self._shape: tuple[int, ...] = ()
         self._dtype = np.dtype(np.uint8)
-        self._pending: list[RoutedStep] = []
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="keel-slot-routes")
-        self._writing: list[Future[None]] = []
 
-    def write(self, step: RoutedStep) -> None:
-        """The routes of one step's tokens."""
-        self._pending.append(step)
-        if len(self._pending) >= _PENDING_STEPS:
-            self._writing.append(self._writer.submit(self._write, self._pending))
-            self._pending = []
+    def write(self, step: StepRoutes) -> None:
+        """The routes of one step's tokens. Of two rows for one slot the later stays: numpy assigns in order."""
+        routes = step.routes
+        if self._blocks is None:
+            self._shape, self._dtype = routes.shape[1:], routes.dtype
+            self._blocks = np.empty((self._num_blocks, self._block_size), np.dtype((np.void, routes[0].nbytes)))
+        self._blocks.reshape(-1)[step.slots] = routes.reshape(-1).view(self._blocks.dtype)
 
     def copy_block(self, source: int, destination: int) -> None:
         """Follows a copy of one cache block to another."""
-        self._finish_writing()
         if self._blocks is not None:
             self._blocks[destination] = self._blocks[source]
 
     def read(self, stretches: Sequence[Stretch]) -> list[np.ndarray]:
         """Rows [stop - start, L, K] of each: views of one copy."""
-        self._finish_writing()
         if self._blocks is None:
             raise ValueError("no routes have been written yet")
         size, needed, places = self._block_size, [], []
@@ -86,23 +71,3 @@ class SlotRoutes:
             needed += blocks[first : -(-stop // size)]
         rows = self._blocks[needed].view(self._dtype).reshape(-1, *self._shape)
         return [rows[first:stop] for first, stop in places]
-
-    def _finish_writing(self) -> None:
-        for writing in self._writing:
-            writing.result()
-        self._writing.clear()
-        if self._pending:
-            self._write(self._pending)
-            self._pending = []
-
-    def _write(self, steps: list[RoutedStep]) -> None:
-        """Of two rows for one slot the later stays: numpy assigns in order."""
-        written = [routes for step in steps if (routes := step.routes) is not None]
-        if not written:
-            return
-        routes = written[0].routes
-        if self._blocks is None:
-            self._shape, self._dtype = routes.shape[1:], routes.dtype
-            self._blocks = np.empty((self._num_blocks, self._block_size), np.dtype((np.void, routes[0].nbytes)))
-        rows = np.concatenate([routes.reshape(-1) for _, routes in written]).view(self._blocks.dtype)
-        self._blocks.reshape(-1)[np.concatenate([slots for slots, _ in written])] = rows

@@ -108,26 +108,20 @@ def test_without_sets() -> None:
     assert taken.kept is None and taken.logprobs.tolist() == [-2.0] and taken.versions.tolist() == [7]
 
 
-class Routed(NamedTuple):
-    """A step, but for its sampling."""
-
-    routes: StepRoutes | None
-
-
 def test_routes_are_read_by_block_table() -> None:
     routes = SlotRoutes(num_blocks=10, block_size=4)
     rng = np.random.default_rng(0)
     rows = rng.integers(0, 8, (11, 2, 3)).astype(np.uint8)
     table = [7, 2, 5]
     slots = np.array([table[i // 4] * 4 + i % 4 for i in range(11)])
-    routes.write(Routed(StepRoutes(slots[:9], rows[:9])))
-    routes.write(Routed(StepRoutes(slots[9:], rows[9:])))
+    routes.write(StepRoutes(slots[:9], rows[:9]))
+    routes.write(StepRoutes(slots[9:], rows[9:]))
     spans = [(0, 11), (3, 9), (4, 8), (10, 11), (5, 5)]
     for (start, stop), read in zip(spans, routes.read([Stretch(table, *span) for span in spans]), strict=True):
         np.testing.assert_array_equal(read, rows[start:stop])
     (whole,) = routes.read([Stretch(table, 0, 11)])
     routes.copy_block(2, 9)
-    routes.write(Routed(StepRoutes(np.array([2 * 4]), rows[:1])))  # the block is given to another
+    routes.write(StepRoutes(np.array([2 * 4]), rows[:1]))  # the block is given to another
     np.testing.assert_array_equal(routes.read([Stretch([7, 9, 5], 0, 11)])[0], rows)
     np.testing.assert_array_equal(whole, rows)
     assert not np.array_equal(routes.read([Stretch(table, 0, 11)])[0], rows)
@@ -138,8 +132,7 @@ def test_of_several_rows_for_one_slot_the_last_stays() -> None:
     held = np.zeros((12, 2, 3), np.uint16)
     for step in range(50):
         slots, rows = rng.permutation(12)[:5], rng.integers(0, 999, (5, 2, 3)).astype(np.uint16)
-        routes.write(Routed(StepRoutes(slots, rows)))
-        routes.write(Routed(None))
+        routes.write(StepRoutes(slots, rows))
         held[slots] = rows
         if step % 9 == 8:
             source, destination = rng.permutation(3)[:2].tolist()
