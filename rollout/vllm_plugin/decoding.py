@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from rollout.vllm_plugin.step_log import SequenceLog
-
 
 @dataclass(slots=True, eq=False)
 class Live:
@@ -28,8 +26,6 @@ class Live:
     """Rows that were read already, stretch by stretch: of lost cache blocks, or as the sequence ends."""
     lost_blocks: list[int] | None = None
     """The blocks of a preempted sequence whose rows have yet to be read from them."""
-    log: SequenceLog | None = None
-    """Taken already, together with those of others that end in the same step."""
     ended: bool = False
 
     def join_routes(self) -> np.ndarray | None:

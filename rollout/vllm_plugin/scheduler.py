@@ -15,7 +15,6 @@ Fits vLLM 0.32 only; `rollout.vllm_plugin.check_version` guards it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from math import gcd
 from typing import Any
@@ -33,7 +32,7 @@ from rollout.vllm_plugin.decoding import ENDED, DecodeBatch, DecodeStep, Live, S
 from rollout.vllm_plugin.record import EngineError, FinishedSequence
 from rollout.vllm_plugin.recorder import find_full_attention_group
 from rollout.vllm_plugin.slot_routes import SlotRoutes, Stretch
-from rollout.vllm_plugin.step_log import SequenceLog, StepLog
+from rollout.vllm_plugin.step_log import StepLog
 from rollout.vllm_plugin.support import StepRecord
 
 _RETRY_STEPS = 32
@@ -76,7 +75,6 @@ class RecordingScheduler(AsyncScheduler):
         self._decode_batch: DecodeBatch | None = None
         self._num_departures = 0
         """Sequences that have ended or been preempted."""
-        self._keys = itertools.count()
         self._free_blocks_at_stall: int | None = None
 
     def _refuse_what_is_not_done(self) -> None:
@@ -106,7 +104,7 @@ class RecordingScheduler(AsyncScheduler):
         super().add_request(request)
         longest = self.max_model_len - request.num_prompt_tokens
         stops = frozenset(params.stop_token_ids or ())
-        self._live[request.request_id] = Live(next(self._keys), stops, min(request.max_tokens, longest))
+        self._live[request.request_id] = Live(self._log.begin(), stops, min(request.max_tokens, longest))
         if request.priority < 0:
             self._going_first.add(request.request_id)
             self._count_slots()
@@ -124,10 +122,10 @@ class RecordingScheduler(AsyncScheduler):
         self._decode_batch = None
 
     def _collect(self, request: Request) -> FinishedSequence:
-        live = self._live[request.request_id]
-        log = live.log or self._take_records([request])[0]
-        del self._live[request.request_id]
+        live = self._live.pop(request.request_id)
         live.ended = True
+        self._save_routes([(request, live)])
+        log = self._log.take(live.key)
         if request.priority < 0:
             self._going_first.discard(request.request_id)
             self._count_slots()
@@ -144,12 +142,6 @@ class RecordingScheduler(AsyncScheduler):
             num_cached_tokens=0 if stats is None else stats.num_cached_tokens,
             num_preemptions=request.num_preemptions,
         )
-
-    def _take_records(self, requests: list[Request]) -> list[SequenceLog]:
-        """What was recorded of sequences that end, of all at once."""
-        lives = [self._live[request.request_id] for request in requests]
-        self._save_routes(list(zip(requests, lives, strict=True)))
-        return self._log.take([live.key for live in lives])
 
     # -- routes -----------------------------------------------------------------------------------------------------
 
@@ -276,8 +268,8 @@ class RecordingScheduler(AsyncScheduler):
             return
         were_running = {request for request in requests if request.status == RequestStatus.RUNNING}
         preempted = set(requests) - were_running
-        for request, log in zip(requests, self._take_records(requests), strict=True):
-            self._live[request.request_id].log = log
+        self._save_routes([(request, self._live[request.request_id]) for request in requests])  # of all at once
+        for request in requests:
             if not check_stop(request, self.max_model_len):
                 raise EngineError(f"vLLM does not end request {request.request_id} where it has to")
             self._free_request(request)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 from rollout.vllm_plugin import kernels_batch as batch
@@ -47,7 +48,24 @@ def install() -> None:
     setattr(vllm.config.vllm, "HAS_TRITON", True)  # noqa: B010  not an exported name
     if not hasattr(triton, "next_power_of_2"):
         triton.next_power_of_2 = _next_power_of_2
+    _give_llvm_a_dict()
     register_kernels({name: _without_launch_options(kernel) for name, kernel in STAND_INS.items()})
+
+
+def _give_llvm_a_dict() -> None:
+    """For `register_kernels`, which looks for the kernels in the `__dict__` of everything that is imported.
+
+    The library that Numba compiles with answers to any name, and so to this one, with one of LLVM's functions.
+    """
+    from llvmlite.binding import ffi
+
+    library: Any = ffi.lib
+
+    class Library(type(library)):
+        __slots__ = ()
+        __dict__ = MappingProxyType({})
+
+    library.__class__ = Library
 
 
 def _next_power_of_2(n: int) -> int:

@@ -67,11 +67,6 @@ class StepRecord(NamedTuple):
         return StepSets(packed[at.ids :], packed[: self.num_rows], packed[at.starts : at.starts + self.num_rows])
 
     @property
-    def room(self) -> int:
-        """The length of the supports' ids."""
-        return len(self.packed) - self.layout.ids if self.completed is None else len(self.completed.ids)
-
-    @property
     def routes(self) -> StepRoutes | None:
         """None without routes."""
         if not self.route_shape:
@@ -115,7 +110,7 @@ class PackedStep(NamedTuple):
         with torch.cuda.stream(torch.cuda.Stream() if self.bits.is_cuda else None):
             bits = self.bits[torch.from_numpy(missing).to(self.bits.device)].cpu().numpy()
         rows = [np.flatnonzero(np.unpackbits(flags, bitorder="little")).astype(np.int32) for flags in bits]
-        sizes, starts = np.abs(sizes), packed[at : at + self.num_rows].astype(np.int64)
+        sizes, starts = np.abs(sizes), packed[at : at + self.num_rows].copy()
         starts[missing] = len(ids) + np.cumsum(sizes[missing]) - sizes[missing]
         return StepSets(np.concatenate([ids, *rows]), sizes, starts)
 

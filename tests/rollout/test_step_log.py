@@ -10,7 +10,7 @@ import pytest
 
 from rollout.vllm_plugin import step_log
 from rollout.vllm_plugin.slot_routes import SlotRoutes, StepRoutes, Stretch
-from rollout.vllm_plugin.step_log import StepLog, StepSets
+from rollout.vllm_plugin.step_log import SequenceLog, StepLog, StepSets
 
 
 class Rows(NamedTuple):
@@ -19,18 +19,13 @@ class Rows(NamedTuple):
     logprobs: np.ndarray
     sets: StepSets | None
 
-    @property
-    def room(self) -> int:
-        """Of the sets."""
-        return 0 if self.sets is None else len(self.sets.ids)
-
 
 Token = tuple[float, int, list[int]]
 """Log-probability, weight version, kept set."""
 
 
 def add_random_step(
-    log: StepLog, rng: np.random.Generator, keys: np.ndarray, version: int, expected: dict[int, list[Token]]
+    log: StepLog, rng: np.random.Generator, keys: list[int], version: int, expected: dict[int, list[Token]]
 ) -> None:
     """A step of some sequences in any order, some rows of which do not count, some sets empty.
 
@@ -50,61 +45,72 @@ def add_random_step(
         expected[int(order[row])].append((float(logprobs[row]), version, sets[row].tolist()))
 
 
-@pytest.mark.parametrize(
-    ("steps", "ids"), [(48, 1 << 23), (3, 1 << 23), (1, 1 << 23), (48, 4500)], ids=["wide", "3", "1", "few ids"]
-)
-def test_a_sequence_is_what_was_added_for_it(monkeypatch: pytest.MonkeyPatch, steps: int, ids: int) -> None:
-    monkeypatch.setattr(step_log, "_WINDOW_STEPS", steps)
-    monkeypatch.setattr(step_log, "_WINDOW_IDS", ids)
+@pytest.fixture(params=[3, 4, 7, 1024])
+def small_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of as many words, and so little room that everything grows."""
+    monkeypatch.setattr(step_log, "_PAGE_WORDS", request.param)
+    monkeypatch.setattr(step_log, "_FIRST_PAGES", 4)
+    monkeypatch.setattr(step_log, "_FIRST_SEQUENCES", 1)
+    monkeypatch.setattr(step_log, "_BLOCK_IDS", 150)
+
+
+@pytest.mark.usefixtures("small_memory")
+def test_a_sequence_is_what_was_added_for_it() -> None:
     rng = np.random.default_rng(0)
     log, expected = StepLog(keeps_sets=True), defaultdict(list)
-    live = list(range(40))
+    live, taken = [log.begin() for _ in range(40)], []
     for step in range(150):
-        add_random_step(log, rng, np.array(live[:12]), step // 50, expected)
+        add_random_step(log, rng, live[:12], step // 50, expected)
         if step % 7 == 0:
-            check(log, [live.pop(int(rng.integers(12))) for _ in range(1 + step % 3)], expected)
-            live += range(live[-1] + 1, live[-1] + 1 + 1 + step % 3)
-    check(log, live[::-1], expected)
-    assert not expected and len(log.take([99999])[0].logprobs) == 0  # a sequence that never was
+            for _ in range(1 + step % 3):
+                taken.append(take(log, live.pop(int(rng.integers(12))), expected))
+                live.append(log.begin())
+    taken += [take(log, key, expected) for key in live[::-1]]
+    assert not expected
+    for sequence, tokens in taken:  # what was given out has stayed as it was
+        check(sequence, tokens)
+    check(log.take(log.begin()), [])
 
 
-def check(log: StepLog, keys: list[int], expected: dict[int, list[Token]]) -> None:
-    taken: Any
-    for key, taken in zip(keys, log.take(keys), strict=True):
-        tokens = expected.pop(key, [])
-        assert taken.logprobs.tolist() == [logprob for logprob, _, _ in tokens]
-        assert taken.versions.tolist() == [version for _, version, _ in tokens]
-        assert [taken.kept.row(t).tolist() for t in range(len(tokens))] == [kept for _, _, kept in tokens]
+def take(log: StepLog, key: int, expected: dict[int, list[Token]]) -> tuple[SequenceLog, list[Token]]:
+    sequence, tokens = log.take(key), expected.pop(key, [])
+    check(sequence, tokens)
+    return sequence, tokens
 
 
-def test_a_window_ends_with_the_step_that_exceeds_its_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_log, "_WINDOW_IDS", 2000)
-    rng, log = np.random.default_rng(2), StepLog(keeps_sets=True)
-    for step in range(1, 10):  # with room for 1000 ids each
-        add_random_step(log, rng, np.arange(4), 0, defaultdict(list))
-        assert len(log._windows) == step // 3
+def check(sequence: SequenceLog, tokens: list[Token]) -> None:
+    assert sequence.kept is not None
+    assert sequence.logprobs.tolist() == [logprob for logprob, _, _ in tokens]
+    assert sequence.versions.tolist() == [version for _, version, _ in tokens]
+    assert [sequence.kept.row(t).tolist() for t in range(len(tokens))] == [kept for _, _, kept in tokens]
 
 
-def test_what_is_given_out_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_log, "_WINDOW_STEPS", 5)
-    rng = np.random.default_rng(1)
-    log, expected = StepLog(keeps_sets=True), defaultdict(list)
-    for _ in range(40):
-        add_random_step(log, rng, np.arange(6), 0, expected)
-    (taken,) = log.take([3])
-    assert taken.kept is not None
-    arrays = taken.logprobs, taken.versions, taken.kept.ids, taken.kept.offsets
-    before = [array.copy() for array in arrays]
-    for _ in range(60):
-        add_random_step(log, rng, np.arange(4, 10), 1, expected)
-    log.take([4, 7])
-    assert all(map(np.array_equal, arrays, before))
+@pytest.mark.usefixtures("small_memory")
+def test_room_is_used_again() -> None:
+    """As many sequences at a time as before need no more pages; blocks are used again once nothing refers to them."""
+    rng, log = np.random.default_rng(1), StepLog(keeps_sets=True)
+    blocks, num_pages = {}, 0
+    for batch in range(20):
+        keys, expected = [log.begin() for _ in range(12)], defaultdict(list)
+        for _ in range(20):
+            add_random_step(log, rng, keys, 0, expected)
+        for key in keys:
+            kept = take(log, key, expected)[0].kept
+            assert kept is not None
+            lent: Any = kept.ids.base
+            block = lent.base.obj
+            blocks[id(block)] = block
+        if batch == 1:
+            num_pages = 2 * len(log._store.pages)
+    assert len(log._store.pages) <= num_pages and log._store.num_free[0] == len(log._store.pages)
+    assert 1 < len(blocks) <= 3
 
 
 def test_without_sets() -> None:
     log = StepLog(keeps_sets=False)
-    log.add(np.array([3, 1]), 7, Rows(np.array([-1.0, -2.0], np.float32), None))
-    (taken,) = log.take([1])
+    first, second = log.begin(), log.begin()
+    log.add(np.array([first, second]), 7, Rows(np.array([-1.0, -2.0], np.float32), None))
+    taken = log.take(second)
     assert taken.kept is None and taken.logprobs.tolist() == [-2.0] and taken.versions.tolist() == [7]
 
 
