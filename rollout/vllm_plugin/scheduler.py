@@ -168,8 +168,8 @@ class RecordingScheduler(AsyncScheduler):
             return
         for copy in scheduler_output.kv_cache_block_copies or ():
             self._routes.copy_block(copy.src_block_id, copy.dst_block_id)
-        if record is not None and (routes := record.routes) is not None:
-            self._routes.write(routes)
+        if record is not None:
+            self._routes.write(record)
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         self._note_departure()

@@ -9,17 +9,14 @@ Shapes: T = tokens of a step, L = decoder layers, K = experts per token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-
-class StepRoutes(NamedTuple):
-    """The routes of one step's tokens, and the cache slots that the tokens' keys and values went to."""
-
-    slots: np.ndarray  # int64 [T]
-    routes: np.ndarray  # uint8 | uint16 [T, L, K], contiguous
+from rollout.vllm_plugin.host_kernels import write_routes
+from rollout.vllm_plugin.support import StepRecord
 
 
 class Stretch(NamedTuple):
@@ -35,24 +32,36 @@ class SlotRoutes:
     """The routes of every token in a KV cache of `num_blocks` blocks of `block_size` tokens.
 
     Memory is reserved with the first step, for all slots, and used as the cache fills. A row [L, K] is one opaque value
-    here, which numpy copies whole. A step is written as it comes: to hand the interpreter to a thread that writes, and
-    to get it back, takes several times as long.
+    here. A step is written as it comes (`host_kernels.py`): to hand the interpreter to a thread that writes, and to get
+    it back, takes longer.
     """
 
     def __init__(self, *, num_blocks: int, block_size: int) -> None:
         self._num_blocks = num_blocks
         self._block_size = block_size
-        self._blocks: np.ndarray | None = None  # [blocks, tokens]
+        self._rows = np.empty((0, 0), np.uint8)  # [slots, bytes]
+        self._blocks: np.ndarray | None = (
+            None  # [blocks], the same memory: to numpy one value each, which it copies whole
+        )
         self._shape: tuple[int, ...] = ()
         self._dtype = np.dtype(np.uint8)
 
-    def write(self, step: StepRoutes) -> None:
-        """The routes of one step's tokens. Of two rows for one slot the later stays: numpy assigns in order."""
-        routes = step.routes
+    def write(self, step: StepRecord) -> None:
+        """The routes of one step's tokens, if it has any."""
+        if not step.route_shape:
+            return
+        num_tokens, *shape = step.route_shape
         if self._blocks is None:
-            self._shape, self._dtype = routes.shape[1:], routes.dtype
-            self._blocks = np.empty((self._num_blocks, self._block_size), np.dtype((np.void, routes[0].nbytes)))
-        self._blocks.reshape(-1)[step.slots] = routes.reshape(-1).view(self._blocks.dtype)
+            self._reserve(tuple(shape), step.route_dtype)
+        write_routes(self._rows, step.packed, step.layout.slots, step.layout.routes, num_tokens)
+
+    def _reserve(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._shape, self._dtype = shape, dtype
+        num_slots, num_bytes = self._num_blocks * self._block_size, math.prod(shape) * dtype.itemsize
+        self._rows = np.empty((num_slots, num_bytes), np.uint8)
+        self._blocks = self._rows.reshape(self._num_blocks, -1).view(np.dtype((np.void, self._block_size * num_bytes)))[
+            :, 0
+        ]
 
     def copy_block(self, source: int, destination: int) -> None:
         """Follows a copy of one cache block to another."""

@@ -1,23 +1,22 @@
 """What sampling leaves behind: taken in by engine step, given out by sequence.
 
-What a step has sampled is copied at once, row by row, to the streams of its sequences (`stream_kernels.py`). That takes
-a compiled loop some ten microseconds; a thread that sorts many steps at a time costs the engine's more than that in
-turns at the interpreter.
+What a step has sampled is copied at once, row by row, to the streams of its sequences (`host_kernels.py`). That takes a
+compiled loop some ten microseconds; a thread that sorts many steps at a time costs the engine's more than that in turns
+at the interpreter.
 
-Shapes: B = rows of a step, T = sampled tokens of a sequence, N = kept ids.
+Shapes: B = rows of a step, T = sampled tokens of a sequence.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 from weakref import finalize
 
 import numpy as np
 
 from rollout.types import KeptSets
-from rollout.vllm_plugin.stream_kernels import (
+from rollout.vllm_plugin.host_kernels import (
     IDS,
     NUM_COLUMNS,
     TOKENS,
@@ -26,6 +25,7 @@ from rollout.vllm_plugin.stream_kernels import (
     forget_sequence,
     read_sequence,
 )
+from rollout.vllm_plugin.support import Layout, StepRecord
 
 _PAGE_WORDS = 1 << 10
 _FIRST_PAGES, _FIRST_SEQUENCES = 1 << 12, 1 << 8
@@ -34,28 +34,6 @@ _BLOCK_IDS = 1 << 22
 """Ids of sequences that are given out lie in blocks of so many."""
 _MOST_IDLE = 8
 """Blocks that are kept when nothing refers to them any more."""
-
-
-class StepSets(NamedTuple):
-    """The kept sets of one step's rows, in any order, with or without gaps between them."""
-
-    ids: np.ndarray  # int32 [N], possibly with room to spare
-    sizes: np.ndarray  # int32 [B]
-    starts: np.ndarray  # int32 [B], where each row's set begins
-
-
-class StepRows(Protocol):
-    """What a step has sampled."""
-
-    @property
-    def logprobs(self) -> np.ndarray:
-        """Float32 [B]."""
-        ...
-
-    @property
-    def sets(self) -> StepSets | None:
-        """None if no row of the step is recorded."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +57,10 @@ class StepLog:
         self._compile()
 
     def _compile(self) -> None:
-        """Numba compiles for the types of a first call."""
+        """Not in the first step."""
         key = self.begin()
-        self._append(np.array([key]), 0, np.zeros(1, np.float32), StepSets(*np.zeros((3, 1), np.int32)))
+        nothing = StepRecord(np.zeros(3, np.int32), Layout(1, 2, 3, 3, 3), (), np.dtype(np.uint8))
+        self.add(np.array([key]), 0, nothing)
         self.take(key)
 
     def begin(self) -> int:
@@ -92,12 +71,10 @@ class StepLog:
             self._unused += range(held, 2 * held)
         return self._unused.pop()
 
-    def add(self, keys: np.ndarray, version: int, rows: StepRows) -> None:
+    def add(self, keys: np.ndarray, version: int, step: StepRecord) -> None:
         """One step: row i is the next token of the sequence `keys[i]`, int64 [B]; a row of -1 does not count."""
-        self._append(keys, version, rows.logprobs, rows.sets or _no_sets(len(keys)))
-
-    def _append(self, keys: np.ndarray, version: int, logprobs: np.ndarray, sets: StepSets) -> None:
-        while not append_step(self._store, keys, version, logprobs.view(np.int32), *sets):
+        packed, at = step.packed, step.layout
+        while not append_step(self._store, keys, version, packed, at.starts, at.logprobs, at.ids):
             self._store = _widened(self._store, num_pages=len(self._store.pages))
 
     def take(self, key: int) -> SequenceLog:
@@ -139,11 +116,6 @@ def _extended(array: np.ndarray, num_more: int) -> np.ndarray:
     longer = np.empty((len(array) + num_more, *array.shape[1:]), array.dtype)
     longer[: len(array)] = array
     return longer
-
-
-def _no_sets(num_rows: int) -> StepSets:
-    zeros = np.zeros(num_rows, np.int32)
-    return StepSets(zeros[:0], zeros, zeros)
 
 
 class _Memory:

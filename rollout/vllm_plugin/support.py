@@ -10,15 +10,13 @@ Shapes: B = rows, V = vocabulary, N = ids of all supports, T = tokens, L = decod
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rollout.vllm_plugin.slot_routes import StepRoutes
-from rollout.vllm_plugin.step_log import StepSets
+from rollout.vllm_plugin.host_kernels import lacks_sets
 
 
 class RouteBuffers(NamedTuple):
@@ -43,37 +41,17 @@ class Layout(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """One step on the host. Its arrays are views of memory that is used again once nothing here refers to it."""
+    """One step on the host, all of it.
+
+    Ends with the layout's `ids` if no support is recorded. Else the support of a row that does not truncate, or has
+    sampled nothing, is empty.
+    """
 
     packed: np.ndarray  # int32
     layout: Layout
-    num_rows: int
     route_shape: tuple[int, ...]
+    """T, L, K; empty without routes."""
     route_dtype: np.dtype
-    completed: StepSets | None
-    """The supports, if the packed ones are not complete."""
-
-    @property
-    def logprobs(self) -> np.ndarray:
-        """Float32 [B]."""
-        return self.packed[self.layout.logprobs : self.layout.logprobs + self.num_rows].view(np.float32)
-
-    @property
-    def sets(self) -> StepSets | None:
-        """None if no row of the step is recorded. Rows that do not truncate, or have sampled nothing, are empty."""
-        packed, at = self.packed, self.layout
-        if self.completed is not None or len(packed) == at.ids:
-            return self.completed
-        return StepSets(packed[at.ids :], packed[: self.num_rows], packed[at.starts : at.starts + self.num_rows])
-
-    @property
-    def routes(self) -> StepRoutes | None:
-        """None without routes."""
-        if not self.route_shape:
-            return None
-        slots = self.packed[self.layout.slots : self.layout.routes].view(np.int64)[: self.route_shape[0]]
-        ids = self.packed[self.layout.routes : self.layout.ids].view(self.route_dtype)[: math.prod(self.route_shape)]
-        return StepRoutes(slots, ids.reshape(self.route_shape))
 
 
 class PackedStep(NamedTuple):
@@ -96,23 +74,24 @@ class PackedStep(NamedTuple):
 
     def tolists(self, num_sampled: np.ndarray | None = None) -> StepRecord:
         """The step on the host, once the copy is done."""
-        packed, completed = self.packed.numpy(), None
-        if self.bits is not None and packed[: self.num_rows].min() < 0:
-            completed = self._complete(packed)
-        return StepRecord(packed, self.layout, self.num_rows, self.route_shape, self.route_dtype, completed)
+        packed = self.packed.numpy()
+        if self.bits is not None and lacks_sets(packed, self.num_rows):
+            packed = self._complete(packed)
+        return StepRecord(packed, self.layout, self.route_shape, self.route_dtype)
 
-    def _complete(self, packed: np.ndarray) -> StepSets:
+    def _complete(self, packed: np.ndarray) -> np.ndarray:
         """Takes the rows that had no room from the vocabulary's bits, and puts them behind the others."""
         assert self.bits is not None
-        ids, sizes, at = packed[self.layout.ids :], packed[: self.num_rows], self.layout.starts
-        missing = np.flatnonzero(sizes < 0)
+        missing = np.flatnonzero(packed[: self.num_rows] < 0)
         # Beside the default stream, where this would wait for the step in progress.
         with torch.cuda.stream(torch.cuda.Stream() if self.bits.is_cuda else None):
             bits = self.bits[torch.from_numpy(missing).to(self.bits.device)].cpu().numpy()
         rows = [np.flatnonzero(np.unpackbits(flags, bitorder="little")).astype(np.int32) for flags in bits]
-        sizes, starts = np.abs(sizes), packed[at : at + self.num_rows].copy()
-        starts[missing] = len(ids) + np.cumsum(sizes[missing]) - sizes[missing]
-        return StepSets(np.concatenate([ids, *rows]), sizes, starts)
+        sizes = np.array([len(row) for row in rows])
+        completed = np.concatenate([packed, *rows])
+        completed[missing] = sizes
+        completed[self.layout.starts + missing] = len(packed) - self.layout.ids + np.cumsum(sizes) - sizes
+        return completed
 
 
 def lay_out(buffers: RouteBuffers | None, num_rows: int, num_tokens: int) -> Layout:

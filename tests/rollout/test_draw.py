@@ -21,8 +21,8 @@ from torch import Tensor
 from rollout.vllm_plugin import draw
 from rollout.vllm_plugin.draw import Rows, Settings, StepDrawer
 from rollout.vllm_plugin.kernels_sample import gumbel_noise
-from rollout.vllm_plugin.step_log import StepSets
 from rollout.vllm_plugin.support import PackedStep
+from tests.rollout.packed_steps import StepSets, read_sets
 from tests.rollout.test_support import make_buffers
 from tests.triton_process import run_half
 
@@ -145,7 +145,7 @@ def arrive(step: PackedStep) -> StepSets:
     on_host = step.to_cpu_nonblocking()
     if step.packed.is_cuda:
         torch.cuda.synchronize()
-    sets = on_host.tolists().sets
+    sets = read_sets(on_host.tolists(), step.num_rows)
     assert sets is not None
     return sets
 

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rollout.vllm_plugin import step_log
-from rollout.vllm_plugin.slot_routes import SlotRoutes, StepRoutes, Stretch
-from rollout.vllm_plugin.step_log import SequenceLog, StepLog, StepSets
-
-
-class Rows(NamedTuple):
-    """A step's."""
-
-    logprobs: np.ndarray
-    sets: StepSets | None
-
+from rollout.vllm_plugin.slot_routes import SlotRoutes, Stretch
+from rollout.vllm_plugin.step_log import SequenceLog, StepLog
+from tests.rollout.packed_steps import StepSets, pack_routes, pack_rows
 
 Token = tuple[float, int, list[int]]
 """Log-probability, weight version, kept set."""
@@ -40,7 +33,8 @@ def add_random_step(
         starts[row] = stop + rng.integers(0, 3)
         stop = starts[row] + sizes[row]
         ids[starts[row] : stop] = sets[row]
-    log.add(np.where(counts, order, -1), version, Rows(logprobs, StepSets(ids, sizes.astype(np.int32), starts)))
+    step = pack_rows(logprobs, StepSets(ids, sizes.astype(np.int32), starts))
+    log.add(np.where(counts, order, -1), version, step)
     for row in np.flatnonzero(counts):
         expected[int(order[row])].append((float(logprobs[row]), version, sets[row].tolist()))
 
@@ -109,7 +103,7 @@ def test_room_is_used_again() -> None:
 def test_without_sets() -> None:
     log = StepLog(keeps_sets=False)
     first, second = log.begin(), log.begin()
-    log.add(np.array([first, second]), 7, Rows(np.array([-1.0, -2.0], np.float32), None))
+    log.add(np.array([first, second]), 7, pack_rows(np.array([-1.0, -2.0], np.float32), None))
     taken = log.take(second)
     assert taken.kept is None and taken.logprobs.tolist() == [-2.0] and taken.versions.tolist() == [7]
 
@@ -120,14 +114,14 @@ def test_routes_are_read_by_block_table() -> None:
     rows = rng.integers(0, 8, (11, 2, 3)).astype(np.uint8)
     table = [7, 2, 5]
     slots = np.array([table[i // 4] * 4 + i % 4 for i in range(11)])
-    routes.write(StepRoutes(slots[:9], rows[:9]))
-    routes.write(StepRoutes(slots[9:], rows[9:]))
+    routes.write(pack_routes(slots[:9], rows[:9]))
+    routes.write(pack_routes(slots[9:], rows[9:]))
     spans = [(0, 11), (3, 9), (4, 8), (10, 11), (5, 5)]
     for (start, stop), read in zip(spans, routes.read([Stretch(table, *span) for span in spans]), strict=True):
         np.testing.assert_array_equal(read, rows[start:stop])
     (whole,) = routes.read([Stretch(table, 0, 11)])
     routes.copy_block(2, 9)
-    routes.write(StepRoutes(np.array([2 * 4]), rows[:1]))  # the block is given to another
+    routes.write(pack_routes(np.array([2 * 4]), rows[:1]))  # the block is given to another
     np.testing.assert_array_equal(routes.read([Stretch([7, 9, 5], 0, 11)])[0], rows)
     np.testing.assert_array_equal(whole, rows)
     assert not np.array_equal(routes.read([Stretch(table, 0, 11)])[0], rows)
@@ -138,7 +132,7 @@ def test_of_several_rows_for_one_slot_the_last_stays() -> None:
     held = np.zeros((12, 2, 3), np.uint16)
     for step in range(50):
         slots, rows = rng.permutation(12)[:5], rng.integers(0, 999, (5, 2, 3)).astype(np.uint16)
-        routes.write(StepRoutes(slots, rows))
+        routes.write(pack_routes(slots, rows))
         held[slots] = rows
         if step % 9 == 8:
             source, destination = rng.permutation(3)[:2].tolist()
@@ -150,3 +144,13 @@ def test_of_several_rows_for_one_slot_the_last_stays() -> None:
 def test_routes_before_the_first_step() -> None:
     with pytest.raises(ValueError, match="no routes have been written"):
         SlotRoutes(num_blocks=2, block_size=4).read([Stretch([0], 0, 3)])
+
+
+def test_what_a_step_does_not_have_is_refused() -> None:
+    log, routes = StepLog(keeps_sets=True), SlotRoutes(num_blocks=3, block_size=4)
+    sets = StepSets(np.arange(5, dtype=np.int32), np.array([2, 3], np.int32), np.array([0, 3], np.int32))
+    with pytest.raises(IndexError, match="ids that it does not have"):
+        log.add(np.array([log.begin(), log.begin()]), 0, pack_rows(np.zeros(2, np.float32), sets))
+    for slot in (-1, 12):
+        with pytest.raises(IndexError, match="a cache slot that there is not"):
+            routes.write(pack_routes(np.array([3, slot]), np.zeros((2, 2, 3), np.uint8)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rollout.vllm_plugin.support import RouteBuffers, pack_on_cpu
+from tests.rollout.packed_steps import read_logprobs, read_routes, read_sets
 
 VOCAB_SIZE = 12_345
 Case = tuple[Tensor, Tensor, Tensor, np.ndarray]
@@ -41,10 +42,11 @@ def test_supports_and_logprobs(name: str) -> None:
     logits, sampled, num_sampled, truncates = CASES[name]()
     step = pack_on_cpu(logits, sampled, num_sampled, truncates, 0, None).tolists()
     exact = logits.double().log_softmax(-1).gather(-1, sampled[:, None])[:, 0]
-    np.testing.assert_allclose(step.logprobs, exact, atol=1e-5)
-    assert step.sets is not None and step.sets.ids.dtype == np.int32
+    np.testing.assert_allclose(read_logprobs(step, len(exact)), exact, atol=1e-5)
+    sets = read_sets(step, len(exact))
+    assert sets is not None
     recorded = truncates & (num_sampled.numpy() > 0)
-    rows = [step.sets.ids[start : start + size] for start, size in zip(step.sets.starts, step.sets.sizes, strict=True)]
+    rows = [sets.ids[start : start + size] for start, size in zip(sets.starts, sets.sizes, strict=True)]
     for row, line, is_recorded in zip(rows, logits.numpy(), recorded, strict=True):
         np.testing.assert_array_equal(row, np.flatnonzero(np.isfinite(line)) if is_recorded else [])
 
@@ -62,14 +64,18 @@ def make_buffers(num_experts: int) -> RouteBuffers:
 def test_routes(num_experts: int, num_tokens: int) -> None:
     buffers = make_buffers(num_experts)
     step = pack_on_cpu(*make_case([4, 1500, 6]), num_tokens, buffers).tolists()
-    assert step.routes is not None and step.routes.routes.dtype == buffers.dtype
-    np.testing.assert_array_equal(step.routes.slots, buffers.slots[:num_tokens])
-    np.testing.assert_array_equal(step.routes.routes, buffers.ids[:num_tokens])
-    assert step.sets is not None and step.sets.sizes.tolist() == [4, 1500, 6]
+    slots, routes = read_routes(step)
+    assert routes.dtype == buffers.dtype
+    np.testing.assert_array_equal(slots, buffers.slots[:num_tokens])
+    np.testing.assert_array_equal(routes, buffers.ids[:num_tokens])
+    sets = read_sets(step, 3)
+    assert sets is not None and sets.sizes.tolist() == [4, 1500, 6]
 
 
 def test_nothing_to_record() -> None:
     logits, sampled, num_sampled, _ = make_case([3, 4])
     step = pack_on_cpu(logits, sampled, num_sampled, None, 0, None).tolists()
-    assert step.sets is None
-    np.testing.assert_allclose(step.logprobs, logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0], atol=1e-5)
+    assert read_sets(step, 2) is None
+    np.testing.assert_allclose(
+        read_logprobs(step, 2), logits.log_softmax(-1).gather(-1, sampled[:, None])[:, 0], atol=1e-5
+    )

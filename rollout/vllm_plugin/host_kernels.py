@@ -1,7 +1,9 @@
-"""The step log's loops over tokens and ids, compiled by Numba.
+"""Loops over what a step has recorded, on the host, compiled by Numba: into streams by sequence, and out of them.
 
-A sequence's log is a stream of int32 words in pages: of each token three words, which lie in one page (the bits of its
+A sequence's stream is int32 words in pages: of each token three words, which lie in one page (the bits of its
 log-probability, its version, the size of its kept set), and then the set.
+
+Numba compiles a function for the types of its first call: half a second each. A call takes 2 microseconds.
 """
 
 # Numba is not typed for checkers.
@@ -40,41 +42,66 @@ def forget_sequence(store, key):
 
 
 @njit
-def append_step(store, keys, version, logprobs, ids, sizes, starts):
-    """A token for each sequence of `keys` (int64 [B], below 0 for none); False, and nothing done, if pages may lack.
+def lacks_sets(packed, num_rows):
+    """Whether a size, of which a packed step has one per row, is negative."""
+    return packed[:num_rows].min() < 0
 
-    `logprobs`, `sizes` and `starts` are int32 [B]; `ids`, int32, has the sets, each where `starts` says.
+
+@njit
+def write_routes(rows, packed, slots_at, routes_at, num_tokens):
+    """A packed step's routes to the `rows`, uint8 [slots, bytes], of their slots. The later of two for a slot stays.
+
+    Raises IndexError for a slot that there is not.
+    """
+    num_bytes = rows.shape[1]
+    slots = packed[slots_at : slots_at + 2 * num_tokens].view(np.int64)
+    routes = packed[routes_at:].view(np.uint8)
+    for token in range(num_tokens):
+        slot = slots[token]
+        if slot < 0 or slot >= len(rows):
+            raise IndexError("a packed step names a cache slot that there is not")
+        for i in range(num_bytes):
+            rows[np.uint64(slot), np.uint64(i)] = routes[np.uint64(token * num_bytes + i)]
+
+
+@njit
+def append_step(store, keys, version, packed, starts_at, logprobs_at, ids_at):
+    """A packed step: a token for each sequence of `keys`, int64 [B], below 0 for none.
+
+    False, and nothing is done, if there may be too few pages. Raises IndexError for a set that is not in the step.
     """
     pages, sequences = store.pages, store.sequences
-    page_words = pages.shape[1]
+    page_words, has_sets = pages.shape[1], ids_at < len(packed)
     needed = 0
     for row in range(len(keys)):
-        if keys[row] >= 0:
-            needed += 2 + (HEAD + sizes[row]) // page_words
+        needed += 2 + (HEAD + (packed[row] if has_sets else 0)) // page_words
     if needed > store.num_free[0]:
         return False
     for row in range(len(keys)):
         key = keys[row]
         if key < 0:
             continue
+        size = packed[row] if has_sets else 0
         page, used = sequences[key, LAST], sequences[key, USED]
         if page_words - used < HEAD:
             page, used = _add_page(store, key), 0
-        pages[page, used], pages[page, used + 1], pages[page, used + 2] = logprobs[row], version, sizes[row]
+        pages[page, used], pages[page, used + 1], pages[page, used + 2] = packed[logprobs_at + row], version, size
         used += HEAD
-        start, left = starts[row], sizes[row]
+        start, left = ids_at + packed[starts_at + row] if has_sets else 0, size
+        if size < 0 or start < 0 or start + size > len(packed):
+            raise IndexError("a packed step names ids that it does not have")
         while left > 0:
             if used == page_words:
                 page, used = _add_page(store, key), 0
             count = min(left, page_words - used)
             for i in range(count):
-                pages[np.uint64(page), np.uint64(used + i)] = ids[np.uint64(start + i)]
+                pages[np.uint64(page), np.uint64(used + i)] = packed[np.uint64(start + i)]
             start += count
             left -= count
             used += count
         sequences[key, USED] = used
         sequences[key, TOKENS] += 1
-        sequences[key, IDS] += sizes[row]
+        sequences[key, IDS] += size
     return True
 
 
