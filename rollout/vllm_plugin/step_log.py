@@ -112,7 +112,9 @@ def _widened(store: Store, *, num_pages: int = 0, num_sequences: int = 0) -> Sto
 
 
 def _extended(array: np.ndarray, num_more: int) -> np.ndarray:
-    """With so many more rows, which hold anything."""
+    """With so many more rows, which hold anything; the array itself if there are none."""
+    if not num_more:
+        return array
     longer = np.empty((len(array) + num_more, *array.shape[1:]), array.dtype)
     longer[: len(array)] = array
     return longer
