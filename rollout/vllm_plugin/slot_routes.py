@@ -40,9 +40,8 @@ class SlotRoutes:
         self._num_blocks = num_blocks
         self._block_size = block_size
         self._rows = np.empty((0, 0), np.uint8)  # [slots, bytes]
-        self._blocks: np.ndarray | None = (
-            None  # [blocks], the same memory: to numpy one value each, which it copies whole
-        )
+        self._blocks: np.ndarray | None = None  # [blocks]
+        """The same memory. A block is one value to numpy, which copies it whole."""
         self._shape: tuple[int, ...] = ()
         self._dtype = np.dtype(np.uint8)
 
@@ -59,9 +58,7 @@ class SlotRoutes:
         self._shape, self._dtype = shape, dtype
         num_slots, num_bytes = self._num_blocks * self._block_size, math.prod(shape) * dtype.itemsize
         self._rows = np.empty((num_slots, num_bytes), np.uint8)
-        self._blocks = self._rows.reshape(self._num_blocks, -1).view(np.dtype((np.void, self._block_size * num_bytes)))[
-            :, 0
-        ]
+        self._blocks = self._rows.reshape(-1).view(np.dtype((np.void, self._block_size * num_bytes)))
 
     def copy_block(self, source: int, destination: int) -> None:
         """Follows a copy of one cache block to another."""

@@ -21,8 +21,8 @@ from torch import Tensor
 from rollout.vllm_plugin import draw
 from rollout.vllm_plugin.draw import Rows, Settings, StepDrawer
 from rollout.vllm_plugin.kernels_sample import gumbel_noise
-from rollout.vllm_plugin.support import PackedStep
-from tests.rollout.packed_steps import StepSets, read_sets
+from rollout.vllm_plugin.support import PackedStep, StepRecord
+from tests.rollout.packed_steps import StepSets, read_logprobs, read_routes, read_sets
 from tests.rollout.test_support import make_buffers
 from tests.triton_process import run_half
 
@@ -122,15 +122,14 @@ class Record(NamedTuple):
 
 def read(step: PackedStep) -> Record:
     """Every support from where it lies. The ids of no two rows share a place."""
-    packed, at = step.packed.cpu().numpy(), step.layout
-    shape = step.route_shape or (0,)
-    slots = packed[at.slots : at.routes].view(np.int64)[: shape[0]]
-    routes = packed[at.routes : at.ids].view(step.route_dtype)[: int(np.prod(shape))].reshape(shape)
-    logprobs = packed[at.logprobs :][: step.num_rows].view(np.float32)
-    sizes, starts = packed[: step.num_rows], packed[at.starts :][: step.num_rows]
+    on_host = StepRecord(step.packed.cpu().numpy(), step.layout, step.route_shape or (0,), step.route_dtype)
+    logprobs, (slots, routes) = read_logprobs(on_host, step.num_rows), read_routes(on_host)
+    sets = read_sets(on_host, step.num_rows)
     if step.bits is None:
-        return Record(logprobs, sizes, [], slots, routes)
-    ids, is_taken, supports = packed[at.ids :], np.zeros(len(packed) - at.ids, int), []
+        return Record(logprobs, on_host.packed[: step.num_rows], [], slots, routes)
+    assert sets is not None
+    ids, sizes, starts = sets
+    is_taken, supports = np.zeros(len(ids), int), []
     for size, start, bits in zip(sizes, starts, step.bits.cpu().numpy(), strict=True):
         found = np.flatnonzero(np.unpackbits(bits, bitorder="little")) if size < 0 else ids[start : start + size]
         assert len(found) == abs(size)
