@@ -70,39 +70,45 @@ def append_step(store, keys, version, packed, starts_at, logprobs_at, ids_at):
 
     False, and nothing is done, if there may be too few pages. Raises IndexError for a set that is not in the step.
     """
-    pages, sequences = store.pages, store.sequences
-    page_words, has_sets = pages.shape[1], ids_at < len(packed)
+    page_words, has_sets = store.pages.shape[1], ids_at < len(packed)
     needed = 0
     for row in range(len(keys)):
         needed += 2 + (HEAD + (packed[row] if has_sets else 0)) // page_words
     if needed > store.num_free[0]:
         return False
     for row in range(len(keys)):
-        key = keys[row]
-        if key < 0:
+        if keys[row] < 0:
             continue
         size = packed[row] if has_sets else 0
-        page, used = sequences[key, LAST], sequences[key, USED]
-        if page_words - used < HEAD:
-            page, used = _add_page(store, key), 0
-        pages[page, used], pages[page, used + 1], pages[page, used + 2] = packed[logprobs_at + row], version, size
-        used += HEAD
-        start, left = ids_at + packed[starts_at + row] if has_sets else 0, size
+        start = ids_at + packed[starts_at + row] if has_sets else 0
         if size < 0 or start < 0 or start + size > len(packed):
             raise IndexError("a packed step names ids that it does not have")
-        while left > 0:
-            if used == page_words:
-                page, used = _add_page(store, key), 0
-            count = min(left, page_words - used)
-            for i in range(count):
-                pages[np.uint64(page), np.uint64(used + i)] = packed[np.uint64(start + i)]
-            start += count
-            left -= count
-            used += count
-        sequences[key, USED] = used
-        sequences[key, TOKENS] += 1
-        sequences[key, IDS] += size
+        _append_token(store, keys[row], (packed[logprobs_at + row], version, size), packed, start)
     return True
+
+
+@njit(inline="always")  # a call per token would take as long as all else that is done for a short set
+def _append_token(store, key, head, packed, start):
+    """One token of a sequence; its set begins at `start` of the packed step."""
+    pages, sequences = store.pages, store.sequences
+    page_words = pages.shape[1]
+    page, used = sequences[key, LAST], sequences[key, USED]
+    if page_words - used < HEAD:
+        page, used = _add_page(store, key), 0
+    pages[page, used], pages[page, used + 1], pages[page, used + 2] = head
+    used += HEAD
+    stop = start + head[2]
+    while start < stop:
+        if used == page_words:
+            page, used = _add_page(store, key), 0
+        count = min(stop - start, page_words - used)
+        for i in range(count):
+            pages[np.uint64(page), np.uint64(used + i)] = packed[np.uint64(start + i)]
+        start += count
+        used += count
+    sequences[key, USED] = used
+    sequences[key, TOKENS] += 1
+    sequences[key, IDS] += head[2]
 
 
 @njit

@@ -25,7 +25,7 @@ from rollout.vllm_plugin.host_kernels import (
     forget_sequence,
     read_sequence,
 )
-from rollout.vllm_plugin.support import Layout, StepRecord
+from rollout.vllm_plugin.support import StepRecord
 
 _PAGE_WORDS = 1 << 10
 _FIRST_PAGES, _FIRST_SEQUENCES = 1 << 12, 1 << 8
@@ -54,14 +54,6 @@ class StepLog:
         self._store = _widened(_empty_store(), num_pages=_FIRST_PAGES, num_sequences=_FIRST_SEQUENCES)
         self._unused = list(range(_FIRST_SEQUENCES))
         self._memory = _Memory()
-        self._compile()
-
-    def _compile(self) -> None:
-        """Not in the first step."""
-        key = self.begin()
-        nothing = StepRecord(np.zeros(3, np.int32), Layout(1, 2, 3, 3, 3), (), np.dtype(np.uint8))
-        self.add(np.array([key]), 0, nothing)
-        self.take(key)
 
     def begin(self) -> int:
         """A key for a new sequence, 0 or above, until it is taken."""
