@@ -161,8 +161,7 @@ def take_update_apart(learner: Learner, batches: Sequence[TrainBatch]) -> dict[s
             total[name].seconds += stage.seconds
             total[name].peak_bytes = max(total[name].peak_bytes, stage.peak_bytes)
     with measured() as total["clip and optimizer"]:
-        torch.nn.utils.clip_grad_norm_(learner.policy.module.parameters(), learner.spec.config.max_grad_norm)
-        learner.optimizer.step()
+        learner.apply_gradients()
     with measured() as total["packing the weights for a sync"]:
         for _ in learner.weight_buckets(256 * MIB):
             pass

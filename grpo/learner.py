@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from grpo.adamw import ScalingAdamW, learning_rate
 from grpo.batch import TrainBatch
 from grpo.checkpoint import export_model, load_training_state, save_training_state
 from grpo.config import LearnerConfig
@@ -128,13 +129,7 @@ class Learner:
         for model in (self.policy, self.reference):
             if model is not None:
                 shard_policy(model, compute_dtype=getattr(torch, config.dtype), world_size=world_size)
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.policy.module.parameters() if p.requires_grad],
-            lr=config.lr,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.optimizer = ScalingAdamW([p for p in self.policy.module.parameters() if p.requires_grad], config)
         self.policy_version = 0
         self.num_updates = 0
         if self.device.type == "cuda":
@@ -180,12 +175,14 @@ class Learner:
     def weight_buckets(self, max_bytes: int, *, on_device: bool = False) -> Iterator[WeightBucket]:
         """The policy's weights under checkpoint names in the engines' dtype, layer by layer.
 
-        Rank 0 yields, the others take part. `on_device` keeps the bytes on the GPU, for an engine on the same one.
+        Rank 0 yields, the others take part. With `on_device` every rank yields all of them, and the bytes stay on its
+        GPU, for an engine on the same one.
         """
-        pack = pack_device_buckets if on_device else pack_buckets
         tensors = self._gathered_weights()
-        if self.rank == 0:
-            yield from pack(tensors, max_bytes=max_bytes)
+        if on_device:
+            yield from pack_device_buckets(tensors, max_bytes=max_bytes)
+        elif self.rank == 0:
+            yield from pack_buckets(tensors, max_bytes=max_bytes)
         for _ in tensors:  # the other ranks take part in gathering
             pass
 
@@ -277,18 +274,15 @@ class Learner:
             LearnerError: the norm is not finite; no weight has been touched.
         """
         reshard(self.policy)
-        parameters = [p for p in self.policy.module.parameters() if p.grad is not None]
-        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = _full(total).item()
+        gradients = [p.grad for p in self.policy.module.parameters() if p.grad is not None]
+        norm = _full(torch.nn.utils.get_total_norm(gradients)).item()
         if not np.isfinite(norm):
             raise LearnerError(
                 f"gradient norm is {norm} at optimizer step {self.num_updates}: look at mismatch and ratio_max in "
                 "metrics.jsonl, and rerun with debug.dump_batches = true to replay the batch"
             )
-        if norm > self.spec.config.max_grad_norm:  # scaling by one would still read and write every gradient
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.spec.config.max_grad_norm, total)
         self._set_lr()
-        self.optimizer.step()
+        self.optimizer.step_scaled(min(1.0, self.spec.config.max_grad_norm / (norm + 1e-6)))
         self.num_updates += 1
         return norm
 
@@ -352,16 +346,6 @@ def _is_fresh_sample(staleness: np.ndarray, batch: TrainBatch) -> np.ndarray:
     sample_ids = _array(batch.sample_ids)
     np.maximum.at(oldest, sample_ids, staleness)
     return (oldest == 0)[sample_ids]
-
-
-def learning_rate(config: LearnerConfig, update: int, total_updates: int) -> float:
-    """Linear warm-up, then constant or a half cosine to zero at `total_updates`."""
-    if update < config.warmup_steps:
-        return config.lr * (update + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    progress = (update - config.warmup_steps) / max(1, total_updates - config.warmup_steps)
-    return config.lr * 0.5 * (1 + float(np.cos(np.pi * min(1.0, progress))))
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grpo.batch import TrainBatch, Update, pack, plan_updates
 from grpo.config import LearnerConfig
-from grpo.learner import Learner, LearnerError, LearnerSpec, learning_rate
+from grpo.learner import Learner, LearnerError, LearnerSpec
 from grpo.loss import sft_loss
 from grpo.replay import dump_step, replay_file
 from grpo.sft import fine_tune, supervised_sample
@@ -241,12 +241,3 @@ def test_a_recorded_step_replays_bit_identically_and_a_changed_one_does_not(mode
     batches[0][0]["routed_experts"] = (batches[0][0]["routed_experts"] + 1) % 8
     torch.save(batches, tmp_path / "step-000001" / "rank-0.pt")
     assert replay_file(tmp_path / "step-000001" / "rank-0.pt")["verdict"] == "DIFFERENT"
-
-
-def test_learning_rate_schedules():
-    constant = LearnerConfig(lr=2.0, warmup_steps=4)
-    assert [learning_rate(constant, i, 10) for i in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    cosine = LearnerConfig(lr=2.0, schedule="cosine", warmup_steps=2)
-    values = [learning_rate(cosine, i, 12) for i in range(13)]
-    assert values[2] == 2.0 and values[7] == pytest.approx(1.0) and values[12] == pytest.approx(0.0)
-    assert np.all(np.diff(values[2:]) < 0)
