@@ -1,11 +1,13 @@
-"""One whole RL step on one GPU, engine and learner colocated: where the time and the memory go.
+"""One whole RL step, engines and learner ranks sharing GPUs in pairs: where the time and the memory go.
 
     python -m benchmarks.gpu_step --model dense-0.6b
     python -m benchmarks.gpu_step --model moe-1.1b --ahead 1
+    python -m benchmarks.gpu_step --model moe-1.1b --ranks 2 --engines 2
+    python -m benchmarks.gpu_step --model moe-1.1b --ranks 2 --tensor-parallel 2
 
 A random model of real widths, 32 prompts x 8 samples, 128 prompt + 512 completion tokens, top_p 0.95: the same step
-that TRL 1.16 with colocated vLLM was measured on (16.2 s on one H200). Prints the
-median of the steps after the warm-up.
+that TRL 1.16 with colocated vLLM was measured on (16.2 s on one H200). Prints the median of the steps after the
+warm-up. Where engines and ranks cannot go in pairs, or an engine has several GPUs, each has its own.
 """
 
 from __future__ import annotations
@@ -62,6 +64,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--ranks", type=int, default=1, help="learner.ranks")
+    parser.add_argument("--engines", type=int, default=1, help="rollout.workers")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs per engine")
     parser.add_argument("--ahead", type=int, default=0, help="max_off_policy_steps")
     parser.add_argument("--sleep", action="store_true", help="the engine gives its memory back while training")
     parser.add_argument("--memory-fraction", type=float, default=0.4, help="the engine's share of the GPU")
@@ -113,6 +118,7 @@ def copy_bandwidth() -> float:
 def tables(arguments: argparse.Namespace, folder: Path, model: Path) -> dict[str, object]:
     """The run file."""
     length = arguments.prompt_tokens + arguments.new_tokens
+    in_pairs = arguments.ranks == arguments.engines and arguments.tensor_parallel == 1
     return {
         "run": {"name": "gpu", "steps": arguments.steps, "output_dir": str(folder / "runs"), "tensorboard": False},
         "model": {"path": str(model.resolve())},
@@ -124,16 +130,19 @@ def tables(arguments: argparse.Namespace, folder: Path, model: Path) -> dict[str
             "max_off_policy_steps": arguments.ahead,
         },
         "learner": {
+            "ranks": arguments.ranks,
             "lr": 1e-6,
             "gradient_checkpointing": arguments.checkpointing,
             "max_tokens_per_microbatch": max(arguments.microbatch, length),
         },
         "rollout": {
+            "workers": arguments.engines,
+            "tensor_parallel_size": arguments.tensor_parallel,
             "gpu_memory_fraction": arguments.memory_fraction,
             "enforce_eager": arguments.eager,
             "sleep_while_training": arguments.sleep,
         },
-        "cluster": {"layout": "colocated"},
+        "cluster": {"layout": "colocated" if in_pairs else "disaggregated"},
         "rewards": [{"fn": "./reward.py:parity"}],
     }
 

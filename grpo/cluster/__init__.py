@@ -155,7 +155,7 @@ class Cluster:
     async def train(self, updates: Sequence[Update], dump_to: Path | None = None) -> list[StepResult]:
         """One training step on all ranks; results in rank order. Engines that sleep meanwhile wake in the next sync."""
         if self._config.rollout.sleep_while_training:
-            await self.pool.on_each(self.pool.ready_slots, lambda actor: actor.sleep.remote(), "fall asleep")
+            await self.pool.on_each(self.pool.ready_slots, lambda slot: slot.actor.sleep.remote(), "fall asleep")
         parts = [[[MicroBatchParcel.of(m) for m in u.ranks[i]] for u in updates] for i in range(len(self._ranks))]
         calls = [rank.train.remote(part, dump_to) for rank, part in zip(self._ranks, parts, strict=True)]
         return await self._wait_ranks(calls, "train on the step's batch")
@@ -196,13 +196,15 @@ class Cluster:
             calls = [rank.release_cached_memory.remote() for rank in self._ranks]
             await self._wait_ranks(calls, "release memory")
         streams = self._start_weight_streams()  # the first bucket is packed while the engines come to rest
-        alive = await pool.on_each(slots, lambda actor: actor.begin_weight_update.remote(), "pause for a weight sync")
+        alive = await pool.on_each(slots, lambda slot: slot.actor.begin_weight_update.remote(), "pause for new weights")
         while_held()
-        async for bucket in self._weight_buckets(streams):
-            alive = await pool.on_each(alive, lambda actor, b=bucket: actor.load_weights.remote(b), "load new weights")
+        async for refs in self._weight_buckets(streams):
+            alive = await pool.on_each(
+                alive, lambda slot, refs=refs: slot.actor.load_weights.remote(refs[slot.number]), "load new weights"
+            )
         # Asked for while the engines are held, the probe's samples are the first that they draw when they go on.
         drawing = [[pool.generate_on(slot, r, "the parity probe") for r in self._probe.requests] for slot in alive]
-        await pool.on_each(alive, lambda actor: actor.finish_weight_update.remote(version), "finish a weight sync")
+        await pool.on_each(alive, lambda slot: slot.actor.finish_weight_update.remote(version), "finish a weight sync")
         synced = time.perf_counter()
         probes = (self._probe_slot(slot, version, calls) for slot, calls in zip(alive, drawing, strict=True))
         errors = await asyncio.gather(*probes)
@@ -218,13 +220,17 @@ class Cluster:
     def _start_weight_streams(self) -> list[Any]:
         """Starts packing on every rank; a few buckets run ahead of what is read."""
         options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
-        on_device = self._placement.same_gpu
-        return [rank.weight_buckets.options(**options).remote(on_device) for rank in self._ranks]
+        return [rank.weight_buckets.options(**options).remote(self._placement.shared) for rank in self._ranks]
 
-    async def _weight_buckets(self, streams: Sequence[Any]) -> AsyncIterator[Any]:
-        """References to the weight buckets of rank 0; every rank takes part in gathering them."""
-        async for bucket in streams[0]:
-            yield bucket
+    async def _weight_buckets(self, streams: Sequence[Any]) -> AsyncIterator[list[Any]]:
+        """One bucket after another, as references in the order of the workers: to what the rank on a worker's GPU has
+        packed there, or to what rank 0 has packed for all."""
+        if not self._placement.shared:
+            async for ref in streams[0]:
+                yield [ref] * self._placement.num_workers
+        else:
+            async for first in streams[0]:
+                yield [first, *[await anext(stream) for stream in streams[1:]]]
         ends = [self._wait_rank(i, s.completed(), "send its weights", "sync_timeout_s") for i, s in enumerate(streams)]
         await asyncio.gather(*ends)
 

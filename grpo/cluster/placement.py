@@ -48,6 +48,7 @@ class Placement:
     group: PlacementGroup
     num_workers: int
     shared: bool
+    """Whether worker i and rank i are on one GPU, so that weights need not leave it."""
     gpus_per_worker: float
     gpus_per_rank: float
     worker_threads: int
@@ -62,11 +63,6 @@ class Placement:
         return self._options(
             number if self.shared else self.num_workers + number, self.rank_threads, self.gpus_per_rank
         )
-
-    @property
-    def same_gpu(self) -> bool:
-        """Whether the engine and the learner are one each and share one GPU, so that weights need not leave it."""
-        return self.shared and self.num_workers == 1
 
     def release(self) -> None:
         """Gives the resources back."""

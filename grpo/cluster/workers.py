@@ -101,10 +101,10 @@ class RolloutPool:
         light = await wait_for(light_ref, limit, worker, f"generate {what}", "generate_timeout_s")
         return light.open(record_ref)
 
-    async def on_each(self, slots: Sequence[Slot], call: Callable[[Any], Awaitable[Any]], what: str) -> list[Slot]:
+    async def on_each(self, slots: Sequence[Slot], call: Callable[[Slot], Awaitable[Any]], what: str) -> list[Slot]:
         """Makes one call on each worker and returns those that lived through it; the others are being replaced."""
         limit = self._limits.sync_timeout_s
-        waits = [wait_for(call(slot.actor), limit, slot.name, what, "sync_timeout_s") for slot in slots]
+        waits = [wait_for(call(slot), limit, slot.name, what, "sync_timeout_s") for slot in slots]
         results = await asyncio.gather(*waits, return_exceptions=True)
         alive = []
         for slot, result in zip(slots, results, strict=True):

@@ -91,6 +91,8 @@ def _set_environment(config: RolloutConfig) -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["OMP_NUM_THREADS"] = str(config.cpu_threads)
+    # Else vLLM's CPU build wants a NUMA node for each process of a tensor-parallel engine.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # Whole GiB, and it would override the cache size asked for.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -102,6 +104,8 @@ def _common_arguments(model_path: str, config: RolloutConfig) -> dict[str, Any]:
         "model": model_path,
         "dtype": config.dtype,
         "tensor_parallel_size": config.tensor_parallel_size,
+        # Within a Ray actor vLLM would start actors of its own, for which there is no place, and wait for them.
+        "distributed_executor_backend": "uni" if config.tensor_parallel_size == 1 else "mp",
         # A step has room for at most one token of so many sequences.
         "max_num_seqs": min(config.max_concurrent_sequences + _NUM_EXTRA_SLOTS, config.max_batched_tokens),
         "max_num_active_seqs": min(config.max_concurrent_sequences, config.max_batched_tokens),
