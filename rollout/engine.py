@@ -22,6 +22,7 @@ from rollout.config import RolloutConfig
 from rollout.outbox import Outbox
 from rollout.types import Completion, GenerateRequest
 from rollout.vllm_plugin.record import (
+    EngineDeadError,
     EngineError,
     EngineStats,
     FinishedSequence,
@@ -36,7 +37,7 @@ from rollout.vllm_plugin.update import begin_update, fall_asleep, finish_update,
 if TYPE_CHECKING:  # it imports torch
     from rollout.weight_sync import WeightBucket
 
-__all__ = ["Engine", "EngineError", "EngineStats"]
+__all__ = ["Engine", "EngineDeadError", "EngineError", "EngineStats"]
 
 _ONE_PER_PROCESS = threading.Lock()
 _T = TypeVar("_T")
@@ -122,7 +123,7 @@ class Engine:
         """One completion per seed, in the order of the seeds, each with a `Replay` of what was recorded.
 
         Cancelling the call aborts its sequences. Raises ValueError for a request that cannot be served, EngineError if
-        the engine has failed or holds half-updated weights.
+        the engine holds half-updated weights, EngineDeadError if it has failed.
         """
         check_request(request, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
         future: asyncio.Future[tuple[Completion, ...]] = asyncio.get_running_loop().create_future()
@@ -171,7 +172,7 @@ class Engine:
         return replace(stats, num_running=running, num_waiting=waiting)
 
     def shutdown(self) -> None:
-        """Stops the thread and frees the engine; pending calls raise EngineError. Safe to call again."""
+        """Stops the thread and frees the engine; pending calls raise EngineDeadError. Safe to call again."""
 
         def stop() -> None:
             self._stopping = True
@@ -187,7 +188,7 @@ class Engine:
         def run() -> None:
             try:
                 if self._death is not None:
-                    raise _error(self._death)
+                    raise _error(self._death, EngineDeadError)
                 command()
             except BaseException as error:
                 if future is not None:
@@ -200,7 +201,7 @@ class Engine:
                 self._inbox.put(run)
                 return
         if future is not None:
-            future.set_exception(_error(self._death))
+            future.set_exception(_error(self._death, EngineDeadError))
 
     async def _ask(self, command: Callable[[], _T]) -> _T:
         future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
@@ -372,7 +373,7 @@ class Engine:
         with self._door:
             self._death = reason
         for call in self._pending_calls():
-            self._outbox.reject(call.future, _error(reason))
+            self._outbox.reject(call.future, _error(reason, EngineDeadError))
         self._sequences.clear()
         while not self._inbox.empty():
             self._inbox.get()()  # each command finds the engine dead and fails its caller
@@ -386,9 +387,9 @@ class Engine:
         gc.collect()
 
 
-def _error(reason: _Reason) -> EngineError:
+def _error(reason: _Reason, kind: type[EngineError] = EngineError) -> EngineError:
     """A new exception per caller: one that is raised twice would gather both tracebacks."""
     message, cause = reason
-    error = EngineError(message if cause is None else f"{message}: {type(cause).__name__}: {cause}")
+    error = kind(message if cause is None else f"{message}: {type(cause).__name__}: {cause}")
     error.__cause__ = cause
     return error

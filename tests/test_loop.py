@@ -114,23 +114,48 @@ def test_the_next_groups_are_asked_for_during_the_sync_and_drawn_beside_the_prob
     assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1)) and rows[-1]["train/staleness_max"] == 0
 
 
-def test_a_killed_worker_is_replaced_and_no_sample_is_lost_or_doubled(ray_address, toy_model, tmp_path):
+class BreakingWorker(RolloutWorker):
+    """The first engine to be asked for so many groups fails in a step while it draws them."""
+
+    num_asked = 0
+
+    def __init__(self, model_path: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model_path, *args, **kwargs)
+        self._broken = Path(model_path).parent / "broken"
+
+    async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
+        self.num_asked += len(request.seeds) == 4
+        if self.num_asked == 8 and not self._broken.exists():
+            self._broken.touch()
+            self._engine._llm.step = self._fail
+        return await super().generate(request)
+
+    def _fail(self) -> None:
+        raise ZeroDivisionError("a kernel failed")
+
+
+@pytest.mark.parametrize("cause", ["a killed process", "an engine that fails"])
+def test_a_lost_worker_is_replaced_and_no_sample_is_lost_or_doubled(cause, ray_address, toy_model, tmp_path):
     run_file = write_run(
         tmp_path,
-        toy_model,
+        Path(shutil.copytree(toy_model, tmp_path / "model")),
         cluster={"address": ray_address},
         run={"steps": 5},
         rollout={"workers": 2, "max_concurrent_sequences": 4},
         sampling={"max_new_tokens": 48},
     )
     config = load_config(run_file)
-    killed: list[int] = []
-    watcher = threading.Thread(target=_kill_a_worker_after_step, args=(config.run_dir, 1, killed), daemon=True)
-    watcher.start()
-    train(config, run_file=run_file)
-    watcher.join(timeout=10)
+    if cause == "a killed process":
+        killed: list[int] = []
+        watcher = threading.Thread(target=_kill_a_worker_after_step, args=(config.run_dir, 1, killed), daemon=True)
+        watcher.start()
+        train(config, run_file=run_file)
+        watcher.join(timeout=10)
+        assert len(killed) == 1
+    else:
+        train(config, run_file=run_file, worker_class=BreakingWorker)
     rows = read_metrics(config.run_dir)
-    assert len(killed) == 1 and rows[-1]["rollout/worker_restarts"] == 1
+    assert rows[-1]["rollout/worker_restarts"] == 1
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     for row in rows[1:]:
         dropped = 4 * row["train/zero_signal_groups"] + row["train/dropped_samples"]

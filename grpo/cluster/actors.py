@@ -10,9 +10,11 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Iterator, Sequence
+import sys
+import traceback
+from collections.abc import Awaitable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -22,9 +24,12 @@ from grpo.batch import TrainBatch, pack
 from grpo.cluster.parcels import CompletionParcel, MicroBatchParcel, RecordParcel, ReplayRef
 from grpo.learner import Learner, LearnerSpec, LoadedModels, StepResult, load_models
 from grpo.replay import dump_step
+from rollout.engine import EngineDeadError
 from rollout.types import GenerateRequest, Replay
 from rollout.weight_sync import WeightBucket
 from rollout.worker import RolloutWorker
+
+_T = TypeVar("_T")
 
 _BUCKET_BYTES = 256 << 20
 """Weights in flight at a time: the sync needs a few of these in host memory, whatever the model's size."""
@@ -43,21 +48,32 @@ class RolloutActor:
 
     @ray.method(num_returns=2)
     async def generate(self, request: GenerateRequest) -> tuple[CompletionParcel, RecordParcel]:
-        completions = await self._worker.generate(request)
+        completions = await _or_end(self._worker.generate(request))
         light = CompletionParcel.of(completions, len(request.prompt_token_ids))
         return light, RecordParcel.of([completion.replay for completion in completions])
 
     async def sleep(self) -> None:
-        await self._worker.sleep()
+        await _or_end(self._worker.sleep())
 
     async def begin_weight_update(self) -> None:
-        await self._worker.begin_weight_update()
+        await _or_end(self._worker.begin_weight_update())
 
     async def load_weights(self, bucket: WeightBucket) -> None:
-        await self._worker.load_weights(bucket)
+        await _or_end(self._worker.load_weights(bucket))
 
     async def finish_weight_update(self, policy_version: int) -> None:
-        await self._worker.finish_weight_update(policy_version)
+        await _or_end(self._worker.finish_weight_update(policy_version))
+
+
+async def _or_end(call: Awaitable[_T]) -> _T:
+    """What an engine answers. One that has died takes its process along, which alone gives back all it held, and the
+    pool finds its worker dead; the error is left in the process's log."""
+    try:
+        return await call
+    except EngineDeadError as error:
+        traceback.print_exception(error)
+        sys.stderr.flush()
+        os._exit(1)
 
 
 class LearnerActor:

@@ -19,6 +19,10 @@ class EngineError(RuntimeError):
     """The engine cannot do what was asked, or returned a record that does not hold together."""
 
 
+class EngineDeadError(EngineError):
+    """The engine has ended, of itself or because it was shut down; it will not answer again."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters of one engine since it was built, and what it is doing now."""

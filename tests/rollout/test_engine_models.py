@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from rollout.config import RolloutConfig
-from rollout.engine import Engine, EngineError
+from rollout.engine import Engine, EngineDeadError, EngineError
 from rollout.types import Completion, GenerateRequest
 from tests.rollout.engine_reference import Comparison, compare, load_reference, recorded
 from tests.tiny_models import VOCAB_SIZE, make_deepseek_v3, make_qwen3, make_qwen3_moe
@@ -115,11 +115,11 @@ def test_what_fails_in_the_engines_thread_reaches_every_caller(tmp_path: Path) -
             await asyncio.sleep(0.001)
         engine._llm.step = broken_step
         for call in calls:
-            with pytest.raises(EngineError, match="died in a step: ZeroDivisionError: a kernel failed") as caught:
+            with pytest.raises(EngineDeadError, match="died in a step: ZeroDivisionError: a kernel failed") as caught:
                 await asyncio.wait_for(call, 10)
             assert isinstance(caught.value.__cause__, ZeroDivisionError)
         for late in (engine.generate(request), engine.begin_weight_update(), engine.abort()):
-            with pytest.raises(EngineError, match="a kernel failed"):
+            with pytest.raises(EngineDeadError, match="a kernel failed"):
                 await asyncio.wait_for(late, 10)
 
     with running(make_qwen3(tmp_path), FLOAT32) as engine:
