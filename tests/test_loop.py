@@ -134,13 +134,14 @@ class BreakingWorker(RolloutWorker):
         raise ZeroDivisionError("a kernel failed")
 
 
-@pytest.mark.parametrize("cause", ["a killed process", "an engine that fails"])
-def test_a_lost_worker_is_replaced_and_no_sample_is_lost_or_doubled(cause, ray_address, toy_model, tmp_path):
+@pytest.mark.parametrize(("cause", "ranks"), [("a killed process", 1), ("an engine that fails", 2)])
+def test_a_lost_worker_is_replaced_and_no_sample_is_lost_or_doubled(cause, ranks, ray_address, toy_model, tmp_path):
     run_file = write_run(
         tmp_path,
         Path(shutil.copytree(toy_model, tmp_path / "model")),
         cluster={"address": ray_address},
         run={"steps": 5},
+        learner={"ranks": ranks},
         rollout={"workers": 2, "max_concurrent_sequences": 4},
         sampling={"max_new_tokens": 48},
     )

@@ -206,8 +206,7 @@ class Cluster:
         drawing = [[pool.generate_on(slot, r, "the parity probe") for r in self._probe.requests] for slot in alive]
         await pool.on_each(alive, lambda slot: slot.actor.finish_weight_update.remote(version), "finish a weight sync")
         synced = time.perf_counter()
-        probes = (self._probe_slot(slot, version, calls) for slot, calls in zip(alive, drawing, strict=True))
-        errors = await asyncio.gather(*probes)
+        errors = await self._find_parity_errors(alive, version, drawing)
         return SyncResult(
             version,
             parity_error=max(errors, default=0.0),
@@ -234,19 +233,35 @@ class Cluster:
         ends = [self._wait_rank(i, s.completed(), "send its weights", "sync_timeout_s") for i, s in enumerate(streams)]
         await asyncio.gather(*ends)
 
-    async def _probe_slot(
-        self, slot: Slot, version: int, drawing: Sequence[Awaitable[tuple[Completion, ...]]]
-    ) -> float:
-        try:
-            drawn = await asyncio.gather(*drawing)
-        except RayActorError:
-            self.pool.replace(slot)
-            return 0.0
-        samples = tuple(self._probe.to_samples(drawn))
-        parcel = MicroBatchParcel.of(MicroBatch(samples, (0.0,) * len(samples)))
-        scores = await self._wait_ranks([rank.score.remote(parcel) for rank in self._ranks], "score the parity probe")
-        engine_logprobs = np.concatenate([c.behavior_logprobs for completions in drawn for c in completions])
-        return self._probe.check(slot.name, version, engine_logprobs, scores[0])
+    async def _find_parity_errors(
+        self, slots: Sequence[Slot], version: int, drawing: Sequence[Sequence[Awaitable[tuple[Completion, ...]]]]
+    ) -> list[float]:
+        """The probe's error of every engine that lives to answer it; as many engines at a time as there are ranks."""
+        answers = await asyncio.gather(*(asyncio.gather(*calls) for calls in drawing), return_exceptions=True)
+        drawn: list[tuple[Slot, Sequence[tuple[Completion, ...]]]] = []
+        for slot, answer in zip(slots, answers, strict=True):
+            if isinstance(answer, RayActorError):
+                self.pool.replace(slot)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                drawn.append((slot, answer))
+        errors = []
+        for start in range(0, len(drawn), len(self._ranks)):
+            part = drawn[start : start + len(self._ranks)]
+            for (slot, answer), scores in zip(part, await self._score([answer for _, answer in part]), strict=False):
+                engine_logprobs = np.concatenate([c.behavior_logprobs for completions in answer for c in completions])
+                errors.append(self._probe.check(slot.name, version, engine_logprobs, scores))
+        return errors
+
+    async def _score(self, answers: Sequence[Sequence[tuple[Completion, ...]]]) -> list[np.ndarray]:
+        """The learner's log-probabilities of each engine's answer to the probe, one on each rank. Ranks without one
+        score the first again: they all take part in every forward."""
+        samples = [tuple(self._probe.to_samples(answer)) for answer in answers]
+        parcels = [MicroBatchParcel.of(MicroBatch(s, (0.0,) * len(s))) for s in samples]
+        parcels += parcels[:1] * (len(self._ranks) - len(parcels))
+        calls = [rank.score.remote(parcel) for rank, parcel in zip(self._ranks, parcels, strict=True)]
+        return await self._wait_ranks(calls, "score the parity probe")
 
     async def _wait_ranks(self, calls: Sequence[Any], what: str) -> list[Any]:
         waits = [self._wait_rank(i, call, what, "train_timeout_s") for i, call in enumerate(calls)]
