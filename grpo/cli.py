@@ -20,7 +20,15 @@ USER_ERROR = 2
 RUN_FAILED = 1
 """Exit code when a run stopped itself: an engine without the learner's weights, an actor that did not answer."""
 
-STOPS = ("ParityError", "ClusterError", "ModelCheckError", "DropRateError", "JudgeServerError", "JudgeError")
+STOPS = (
+    "ParityError",
+    "ClusterError",
+    "ModelCheckError",
+    "DropRateError",
+    "JudgeServerError",
+    "JudgeError",
+    "SubmitError",
+)
 """Errors whose message says all of why a run stopped."""
 
 app = typer.Typer(
@@ -37,14 +45,21 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("-o", "--override", metavar="TABLE.KEY=VALUE", help="Replaces one value of the run file; repeatable."),
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of the same name first.")]
+Address = Annotated[
+    str,
+    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, as in http://head:8265."),
+]
+Job = Annotated[str, typer.Argument(metavar="JOB", help="As `keel submit` printed it.")]
 
 
 @app.command()
 def train(
     run_file: RunFile,
     override: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete an earlier run of the same name first.")] = False,
+    resume: Resume = False,
+    fresh: Fresh = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; start nothing.")
     ] = False,
@@ -54,8 +69,7 @@ def train(
     if dry_run:
         _print_plan(config, run_file)
         return
-    if fresh and resume:
-        raise typer.BadParameter("--fresh deletes what --resume continues: give one of them")
+    _refuse_both(resume, fresh)
     if fresh:
         from grpo.run_folder import delete_run
 
@@ -64,6 +78,43 @@ def train(
 
     run_dir = run_training(config, run_file=run_file, resume=resume)
     typer.echo(f"\nrun folder: {run_dir}\nsee it with: keel report {run_dir}")
+
+
+@app.command()
+def submit(
+    run_file: RunFile,
+    address: Address,
+    override: Overrides = None,
+    resume: Resume = False,
+    fresh: Fresh = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow what it prints.")] = False,
+) -> None:
+    """Trains as a job of a Ray cluster; the current folder travels along."""
+    config = _load(run_file, override)
+    _refuse_both(resume, fresh)
+    options = ("--resume",) * resume + ("--fresh",) * fresh
+    from grpo.submit import submit_run
+
+    job = submit_run(config, run_file, address=address, overrides=tuple(override or ()), options=options)
+    typer.echo(f"{job} was taken; its run folder will be {config.run_dir}")
+    if not detach:
+        _follow(job, address)
+
+
+@app.command()
+def follow(job: Job, address: Address) -> None:
+    """Prints what a submitted run prints, until it ends; Ctrl-C leaves it running."""
+    _follow(job, address)
+
+
+@app.command()
+def stop(job: Job, address: Address) -> None:
+    """Ends a submitted run as Ctrl-C would, with a checkpoint to resume from."""
+    from grpo.submit import stop_job
+
+    typer.echo("waiting for the step to end")
+    stop_job(job, address=address)
+    typer.echo(f"{job} has ended; submit it again with --resume to go on")
 
 
 @app.command("eval")
@@ -216,6 +267,25 @@ def _load(run_file: Path, override: list[str] | None) -> TrainConfig:
     from grpo.config import load_config
 
     return load_config(run_file, tuple(override or ()))
+
+
+def _refuse_both(resume: bool, fresh: bool) -> None:
+    if fresh and resume:
+        raise typer.BadParameter("--fresh deletes what --resume continues: give one of them")
+
+
+def _follow(job: str, address: str) -> None:
+    from grpo.submit import follow_job
+
+    try:
+        ended_well = follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\n{job} goes on: `keel follow {job} --address {address}` to see it again, `keel stop` to end it", err=True
+        )
+        raise
+    if not ended_well:
+        raise typer.Exit(RUN_FAILED)
 
 
 def _print_plan(config: TrainConfig, run_file: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,19 +37,20 @@ def pytest_sessionfinish() -> None:
     gc.collect()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running Ray cluster that runs join by address; more logical cores than the machine has."""
-    address = f"127.0.0.1:{_free_port()}"
-    log = (tmp_path_factory.mktemp("ray") / "head.log").open("w")
+@contextmanager
+def ray_head(folder: Path, *arguments: str) -> Iterator[str]:
+    """The address of a Ray cluster in a process of its own; more logical cores than the machine has."""
+    address = f"127.0.0.1:{free_port()}"
+    log = (folder / "head.log").open("w")
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=8"]
-    command += ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}", "--include-dashboard=false"]
+    command += ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}", *arguments]
     command += ["--disable-usage-stats", f"--object-store-memory={256 << 20}"]
     head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -57,6 +59,13 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         os.killpg(head.pid, signal.SIGKILL)
         head.wait()
+
+
+@pytest.fixture(scope="session")
+def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A running Ray cluster that runs join by address."""
+    with ray_head(tmp_path_factory.mktemp("ray"), "--include-dashboard=false") as address:
+        yield address
 
 
 def _wait_for_ray(address: str, head: subprocess.Popen[bytes]) -> None:

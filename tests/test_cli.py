@@ -35,7 +35,7 @@ print("loaded:", [name for name in {HEAVY} if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "loaded: []" in done.stdout
-    for command in ("train", "eval", "report", "doctor", "replay"):
+    for command in ("train", "submit", "follow", "stop", "eval", "report", "doctor", "replay"):
         assert command in done.stdout
 
 

@@ -1,0 +1,109 @@
+"""Runs as jobs of a real Ray cluster, through the command line: followed, stopped, continued; and what is refused."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from grpo.checkpoint import list_checkpoints
+from grpo.config import ConfigError, load_config
+from grpo.metrics import read_metrics
+from grpo.submit import SubmitError, follow_job, stop_job, submit_run
+from tests.conftest import free_port, ray_head
+from tests.toy import write_run
+
+NOBODY = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def run_file(toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In the current folder, with all that it names; what it leaves behind goes elsewhere."""
+    folder = tmp_path / "project"
+    shutil.copytree(toy_model, folder / "model")
+    monkeypatch.chdir(folder)
+    return write_run(folder, Path("model"), run={"output_dir": str(tmp_path / "runs")})
+
+
+def test_a_run_file_outside_of_the_folder_that_travels_is_refused(run_file, tmp_path):
+    elsewhere = tmp_path / "train.toml"
+    shutil.copy(run_file, elsewhere)
+    with pytest.raises(ConfigError, match=r"train\.toml does not lie in .*project, the folder that travels"):
+        submit_run(load_config(elsewhere), elsewhere, address=NOBODY)
+
+
+def test_a_run_folder_that_would_go_with_the_job_is_refused(run_file):
+    with pytest.raises(ConfigError, match=r"run\.output_dir = 'runs' is relative, .* every node sees"):
+        submit_run(load_config(run_file, ("run.output_dir=runs",)), run_file, address=NOBODY)
+
+
+def test_an_address_that_nobody_answers_at_is_named(run_file):
+    with pytest.raises(SubmitError, match=rf"no Ray dashboard answers at --address {NOBODY}: .* http://head:8265"):
+        submit_run(load_config(run_file), run_file, address=NOBODY)
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the dashboard of a cluster that has `keel` on its path."""
+    port = free_port()
+    arguments = ("--include-dashboard=true", f"--dashboard-port={port}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{Path(sys.executable).parent}", prepend=":")
+        with ray_head(tmp_path_factory.mktemp("ray"), *arguments):
+            yield f"http://127.0.0.1:{port}"
+
+
+def keel(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`keel ARGUMENTS` in a process of its own, in the current folder."""
+    command = [str(Path(sys.executable).with_name("keel")), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+
+
+@pytest.mark.slow
+def test_a_job_is_followed_stopped_and_continued(dashboard: str, run_file: Path) -> None:
+    at = ("--address", dashboard)
+    done = keel("submit", run_file, *at)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [int(n) for n in re.findall(r"step (\d)/3", done.stdout)] == [0, 1, 2, 3]
+    run_dir = load_config(run_file).run_dir
+    assert [row["step"] for row in read_metrics(run_dir)] == [0, 1, 2, 3]
+
+    again = keel("submit", run_file, *at)
+    assert again.returncode == 1 and "already holds a run" in again.stdout and " failed: " in again.stdout
+
+    longer = ("-o", "run.name=long", "-o", "run.steps=500")
+    taken = keel("submit", run_file, *at, *longer, "--detach")
+    assert taken.returncode == 0, taken.stderr
+    job = taken.stdout.split()[0]
+    assert job.startswith("keel-long-")
+    long_dir = run_dir.with_name("long")
+    deadline = time.monotonic() + 120
+    while not any(row["step"] for row in read_metrics(long_dir)):
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.1)
+    second = keel("submit", run_file, *at, *longer)
+    assert second.returncode == 1 and f"is being written by {job}" in second.stderr
+
+    assert keel("stop", job, *at).returncode == 0
+    followed = keel("follow", job, *at)
+    assert followed.returncode == 0 and "continue with --resume" in followed.stdout
+    assert len(list_checkpoints(long_dir)) == 1
+    stopped_at = read_metrics(long_dir)[-1]["step"]
+    assert 1 <= stopped_at < 500
+    more = keel("submit", run_file, *at, "-o", "run.name=long", "-o", f"run.steps={stopped_at + 2}", "--resume")
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert [row["step"] for row in read_metrics(long_dir)] == list(range(stopped_at + 3))
+
+
+@pytest.mark.slow
+def test_a_job_that_the_cluster_does_not_know_is_named(dashboard: str) -> None:
+    with pytest.raises(SubmitError, match="does not know keel-nothing"):
+        stop_job("keel-nothing", address=dashboard)
+    with pytest.raises(SubmitError, match="does not know keel-nothing"):
+        follow_job("keel-nothing", address=dashboard, write=print)
