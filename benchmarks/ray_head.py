@@ -1,4 +1,4 @@
-"""A Ray head of its own process, so that many short runs share one start-up."""
+"""A Ray head of its own process, so that many short runs, or tests, share one start-up."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _OBJECT_STORE_BYTES = 256 << 20
 
 
 @contextmanager
-def ray_head(num_cpus: int) -> Iterator[str]:
-    """The address of a running Ray head; it and its children end with the block.
+def ray_head(num_cpus: int, *, dashboard_port: int | None = None) -> Iterator[str]:
+    """The address of a running Ray head, with a dashboard if it is given a port; all of it ends with the block.
 
     Ray's token authentication stays on: the head and the runs of this process share a token through the environment.
 
@@ -29,10 +29,11 @@ def ray_head(num_cpus: int) -> Iterator[str]:
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     command = [*_ray("start"), "--head", "--block", f"--num-cpus={num_cpus}", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={address.rpartition(':')[2]}", "--include-dashboard=false", "--disable-usage-stats"]
-    command += [f"--object-store-memory={_OBJECT_STORE_BYTES}"]
+    command += [f"--port={address.rpartition(':')[2]}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
+    command += ["--disable-usage-stats", f"--include-dashboard={str(dashboard_port is not None).lower()}"]
+    command += [] if dashboard_port is None else [f"--dashboard-port={dashboard_port}"]
     with tempfile.TemporaryFile("w+") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -56,7 +57,8 @@ def _wait_until_healthy(address: str, head: subprocess.Popen[bytes]) -> None:
             raise RuntimeError(f"the Ray head at {address} does not answer after {_START_TIMEOUT_S:g} s")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

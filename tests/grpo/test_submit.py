@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ray_head import free_port, ray_head
 from grpo.checkpoint import list_checkpoints
 from grpo.config import ConfigError, load_config
 from grpo.metrics import read_metrics
 from grpo.submit import SubmitError, follow_job, stop_job, submit_run
-from tests.conftest import free_port, ray_head
 from tests.toy import write_run
 
 NOBODY = "http://127.0.0.1:9"
@@ -49,13 +49,12 @@ def test_an_address_that_nobody_answers_at_is_named(run_file):
 
 
 @pytest.fixture(scope="module")
-def dashboard(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def dashboard() -> Iterator[str]:
     """Address of the dashboard of a cluster that has `keel` on its path."""
     port = free_port()
-    arguments = ("--include-dashboard=true", f"--dashboard-port={port}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{Path(sys.executable).parent}", prepend=":")
-        with ray_head(tmp_path_factory.mktemp("ray"), *arguments):
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+        with ray_head(num_cpus=8, dashboard_port=port):
             yield f"http://127.0.0.1:{port}"
 
 
