@@ -34,6 +34,11 @@ class ScalingAdamW(torch.optim.AdamW):
             fused=not self._on_gpu,
         )
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """torch's, for a state from whichever kind of device."""
+        groups = [{**group, "fused": not self._on_gpu} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
     @torch.no_grad()
     def step_scaled(self, scale: float) -> None:
         """One step with every gradient multiplied by `scale`; on a GPU the gradients themselves stay as they are."""

@@ -33,7 +33,7 @@ def adamw_step(
     """The `step`-th step, counted from 1, with the gradient times `scale`; changes all but the gradient in place.
 
     Tensors are float32, contiguous and of one shape. Bias corrections and rates are computed in double precision here:
-    1 - beta loses four digits in float32.
+    a float32 next to one has lost most digits of its distance from it.
     """
     if not weight.numel():  # this rank's part of a sharded one
         return
@@ -45,7 +45,7 @@ def adamw_step(
             square,
             weight.numel(),
             scale,
-            1 - lr * weight_decay,
+            lr * weight_decay,
             1 - betas[0],
             1 - betas[1],
             lr / (1 - betas[0] ** step),
@@ -80,7 +80,7 @@ def adamw_kernel(
     weight = tl.load(weight_ptr + at, mask=inside)
     mean += mean_rate * (grad - mean)
     square += square_rate * (grad * grad - square)
-    weight = weight * decay - step_size * mean / (tl.sqrt(square) * root_scale + eps)
+    weight -= decay * weight + step_size * mean / (tl.sqrt(square) * root_scale + eps)
     tl.store(mean_ptr + at, mean, mask=inside)
     tl.store(square_ptr + at, square, mask=inside)
     tl.store(weight_ptr + at, weight, mask=inside)

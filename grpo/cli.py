@@ -113,8 +113,10 @@ def stop(job: Job, address: Address) -> None:
     from grpo.submit import stop_job
 
     typer.echo("waiting for the step to end")
-    stop_job(job, address=address)
-    typer.echo(f"{job} has ended; submit it again with --resume to go on")
+    if stop_job(job, address=address):
+        typer.echo(f"{job} has ended; submit its run file again with --resume to go on")
+    else:
+        typer.echo(f"{job} had ended before")
 
 
 @app.command("eval")

@@ -172,17 +172,16 @@ class Learner:
         reshard(self.policy)
         return torch.cat(scores).float().cpu().numpy()
 
-    def weight_buckets(self, max_bytes: int, *, on_device: bool = False) -> Iterator[WeightBucket]:
+    def weight_buckets(self, max_bytes: int, *, sends: bool = True, on_device: bool = False) -> Iterator[WeightBucket]:
         """The policy's weights under checkpoint names in the engines' dtype, layer by layer.
 
-        Rank 0 yields, the others take part. With `on_device` every rank yields all of them, and the bytes stay on its
-        GPU, for an engine on the same one.
+        A rank that `sends` yields all of them, the others take part and yield none. `on_device` keeps the bytes on the
+        GPU, for an engine on the same one; what no engine opens stays in its memory.
         """
         tensors = self._gathered_weights()
-        if on_device:
-            yield from pack_device_buckets(tensors, max_bytes=max_bytes)
-        elif self.rank == 0:
-            yield from pack_buckets(tensors, max_bytes=max_bytes)
+        if sends:
+            pack = pack_device_buckets if on_device else pack_buckets
+            yield from pack(tensors, max_bytes=max_bytes)
         for _ in tensors:  # the other ranks take part in gathering
             pass
 

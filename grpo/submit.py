@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import aiohttp
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from grpo.config import ConfigError, TrainConfig
@@ -22,12 +27,19 @@ from grpo.config import ConfigError, TrainConfig
 EXCLUDES = (".git", ".venv", "__pycache__", "/runs")
 """What does not travel, beside all that the folder's .gitignore names; in its syntax."""
 
+PATIENCE_S = 60.0
+"""Longest time without an answer from a dashboard that has answered before."""
+
 _RUN_DIR = "keel_run_dir"
 _POLL_S = 1.0
+_FAILURES = (OSError, aiohttp.ClientError, RayError, RuntimeError, ValueError)
+"""All that Ray's client raises where it is not answered, or is refused."""
+
+_T = TypeVar("_T")
 
 
 class SubmitError(RuntimeError):
-    """The cluster cannot take the run, or does not know the job; the message says what to do."""
+    """The cluster does not answer, cannot take the run, or does not know the job; the message says what to do."""
 
 
 def submit_run(
@@ -62,61 +74,64 @@ def submit_run(
     if config.cluster.address is None:
         overrides += ("cluster.address=auto",)
     arguments = [str(travelling), *(part for override in overrides for part in ("-o", override)), *options]
-    # Keel takes SIGINT for Ctrl-C: the step's training ends, a checkpoint is written.
-    variables = {
-        "PYTHONUNBUFFERED": "1",
-        "RAY_JOB_STOP_SIGNAL": "SIGINT",
-        "RAY_JOB_STOP_WAIT_TIME_S": str(int(config.cluster.train_timeout_s)),
-    }
-    try:
+    with _asking(f"{folder} was not taken"):
         return client.submit_job(
             entrypoint=shlex.join(["keel", "train", *arguments]),
             submission_id=f"keel-{config.run.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
-            runtime_env={"working_dir": str(folder), "excludes": list(EXCLUDES), "env_vars": variables},
+            runtime_env={"working_dir": str(folder), "excludes": list(EXCLUDES), "env_vars": _variables(config)},
             metadata={_RUN_DIR: str(config.run_dir)},
         )
-    except (ValueError, RuntimeError) as error:
-        raise SubmitError(f"{folder} was not taken by {address}: {error}") from error
 
 
 def follow_job(job_id: str, *, address: str, write: Callable[[str], object]) -> bool:
     """Hands all that a job prints to `write`, from its start to its end; returns whether it ended well.
 
-    A job that was stopped has ended well. Raises SubmitError if the cluster does not know the job.
-    """
-    client = _connect(address)
-    status = asyncio.run(_follow(client, job_id, write))
-    if status == JobStatus.FAILED:
-        write(f"\n{job_id} failed: {client.get_job_info(job_id).message}\n")
-    return status != JobStatus.FAILED
-
-
-def stop_job(job_id: str, *, address: str) -> None:
-    """Ends a run as Ctrl-C would, and returns when it has ended: its last step is whole and in a checkpoint.
-
-    Raises SubmitError if the cluster does not know the job.
+    A job that was stopped has ended well. Raises SubmitError if the cluster does not know the job, or has not answered
+    for `PATIENCE_S`; the job may go on.
     """
     client = _connect(address)
     _status_of(client, job_id)
-    client.stop_job(job_id)
-    while not _status_of(client, job_id).is_terminal():
+    asyncio.run(_print_logs(client, job_id, write))
+    job = _patiently(lambda: client.get_job_info(job_id))
+    if job.status == JobStatus.FAILED:
+        write(f"\n{job_id} failed: {job.message}\n")
+    return job.status != JobStatus.FAILED
+
+
+def stop_job(job_id: str, *, address: str) -> bool:
+    """Ends a run as Ctrl-C would, which leaves a checkpoint of its last step, and returns when it has ended. False if
+    there was nothing to stop: it had ended by itself.
+
+    A run that takes longer than its own limits allow is killed. Raises SubmitError if the cluster does not know the
+    job, or has not answered for `PATIENCE_S`.
+    """
+    client = _connect(address)
+    if _status_of(client, job_id).is_terminal():
+        return False
+    with _asking(f"{job_id} was not stopped"):
+        client.stop_job(job_id)
+    while not _patiently(lambda: client.get_job_status(job_id)).is_terminal():
         time.sleep(_POLL_S)
+    return True
 
 
 def _connect(address: str) -> JobSubmissionClient:
+    if not address.startswith(("http://", "https://")):
+        raise SubmitError(f"--address {address} is not that of a dashboard: write it as http://head:8265")
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
-    try:
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray would take it from there, or from RAY_ADDRESS, before ours
+    with _asking(
+        f"no Ray dashboard answers at --address {address} (to be reached from elsewhere, the head needs ray[default] "
+        "and --dashboard-host=0.0.0.0)"
+    ):
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise SubmitError(
-            f"no Ray dashboard answers at --address {address}: give that of the head's, as in http://head:8265 (the "
-            f"head needs ray[default] and --dashboard-host=0.0.0.0 to be reached from elsewhere): {error}"
-        ) from error
 
 
 def _refuse_a_second(client: JobSubmissionClient, run_dir: Path) -> None:
     """Two runs would write into one folder."""
-    for job in client.list_jobs():
+    with _asking("the cluster does not say what runs on it"):
+        jobs = client.list_jobs()
+    for job in jobs:
         if not job.status.is_terminal() and (job.metadata or {}).get(_RUN_DIR) == str(run_dir):
             raise SubmitError(
                 f"{run_dir} is being written by {job.submission_id}: follow it with `keel follow`, end it with "
@@ -124,25 +139,61 @@ def _refuse_a_second(client: JobSubmissionClient, run_dir: Path) -> None:
             )
 
 
-async def _follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], object]) -> JobStatus:
+def _variables(config: TrainConfig) -> dict[str, str]:
+    """Has Ray end a job as Ctrl-C would, and wait for what Keel then still does: the rest of a training step, a sync
+    with its probe, a checkpoint."""
+    limits = config.cluster
+    wait_s = 2 * limits.train_timeout_s + limits.sync_timeout_s + limits.generate_timeout_s
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(int(wait_s)),
+    }
+
+
+async def _print_logs(client: JobSubmissionClient, job_id: str, write: Callable[[str], object]) -> None:
     """A connection that breaks is made anew, and what was printed before is not printed again."""
-    printed = 0
+    printed, failing_since = 0, math.inf
     while True:
-        status = _status_of(client, job_id)  # asked first: of a job that has ended, all is there to be read
         seen = 0
         try:
+            status = client.get_job_status(job_id)  # asked first: of a job that has ended, all is there to be read
             async for text in client.tail_job_logs(job_id):
                 write(text[max(0, printed - seen) :])
                 seen += len(text)
-                printed = max(printed, seen)
-        except (aiohttp.ClientError, RuntimeError):
+                printed, failing_since = max(printed, seen), math.inf
+            if status.is_terminal():
+                return
+        except _FAILURES as error:
+            failing_since = min(failing_since, time.monotonic())
+            if time.monotonic() - failing_since > PATIENCE_S:
+                raise _silent(error) from error
             await asyncio.sleep(_POLL_S)
-        if status.is_terminal():
-            return status
+
+
+def _patiently(ask: Callable[[], _T]) -> _T:
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except _FAILURES as error:
+            if time.monotonic() > deadline:
+                raise _silent(error) from error
+            time.sleep(_POLL_S)
+
+
+def _silent(error: BaseException) -> SubmitError:
+    return SubmitError(f"the cluster has not answered for {PATIENCE_S:g} s; the run may go on: {error}")
 
 
 def _status_of(client: JobSubmissionClient, job_id: str) -> JobStatus:
-    try:
+    with _asking(f"the cluster does not know {job_id}"):
         return client.get_job_status(job_id)
-    except RuntimeError as error:
-        raise SubmitError(f"the cluster does not know {job_id}, or does not answer: {error}") from error
+
+
+@contextmanager
+def _asking(trouble: str) -> Iterator[None]:
+    try:
+        yield
+    except _FAILURES as error:
+        raise SubmitError(f"{trouble}: {error}") from error

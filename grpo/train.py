@@ -129,7 +129,8 @@ class Trainer:
             sync = await self._sync()
             metrics = {**rollout_metrics(groups, batch), **learner_metrics(results)}
             metrics |= fresh_mismatch(metrics, sync, is_probe_alike=self._probes_like_training())
-            metrics |= self._times(groups, since, started, taken, trained, sync) | await self._evaluate_if_due()
+            metrics |= self._times(groups, since, started, taken, trained, sync)
+            metrics |= await self._unless_stopped(self._evaluate_if_due()) or {}
             metrics["time/step_s"] = time.perf_counter() - started
             self._report(groups, metrics)
             if run.checkpoint_every and self.step % run.checkpoint_every == 0:

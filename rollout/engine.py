@@ -22,7 +22,7 @@ from rollout.config import RolloutConfig
 from rollout.outbox import Outbox
 from rollout.types import Completion, GenerateRequest
 from rollout.vllm_plugin.record import (
-    EngineDeadError,
+    EngineDiedError,
     EngineError,
     EngineStats,
     FinishedSequence,
@@ -37,12 +37,16 @@ from rollout.vllm_plugin.update import begin_update, fall_asleep, finish_update,
 if TYPE_CHECKING:  # it imports torch
     from rollout.weight_sync import WeightBucket
 
-__all__ = ["Engine", "EngineDeadError", "EngineError", "EngineStats"]
+__all__ = ["Engine", "EngineDiedError", "EngineError", "EngineStats"]
 
 _ONE_PER_PROCESS = threading.Lock()
 _T = TypeVar("_T")
 _Reason = tuple[str, BaseException | None]
 """What happened, and the exception behind it."""
+
+
+class _StepFailed(BaseException):
+    """A step failed; the cause says how. Not an Exception: no command in which it happens may take it for its own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -123,7 +127,7 @@ class Engine:
         """One completion per seed, in the order of the seeds, each with a `Replay` of what was recorded.
 
         Cancelling the call aborts its sequences. Raises ValueError for a request that cannot be served, EngineError if
-        the engine holds half-updated weights, EngineDeadError if it has failed.
+        the engine holds half-updated weights, EngineDiedError if it has failed.
         """
         check_request(request, max_model_len=self._max_model_len, vocab_size=self._vocab_size)
         future: asyncio.Future[tuple[Completion, ...]] = asyncio.get_running_loop().create_future()
@@ -172,7 +176,7 @@ class Engine:
         return replace(stats, num_running=running, num_waiting=waiting)
 
     def shutdown(self) -> None:
-        """Stops the thread and frees the engine; pending calls raise EngineDeadError. Safe to call again."""
+        """Stops the thread and frees the engine; pending calls raise EngineDiedError. Safe to call again."""
 
         def stop() -> None:
             self._stopping = True
@@ -188,8 +192,12 @@ class Engine:
         def run() -> None:
             try:
                 if self._death is not None:
-                    raise _error(self._death, EngineDeadError)
+                    raise _error(self._death, EngineDiedError)
                 command()
+            except _StepFailed as failure:
+                if future is not None:
+                    self._outbox.reject(future, _error(_death_in(failure), EngineDiedError))
+                raise
             except BaseException as error:
                 if future is not None:
                     self._outbox.reject(future, error)
@@ -201,7 +209,7 @@ class Engine:
                 self._inbox.put(run)
                 return
         if future is not None:
-            future.set_exception(_error(self._death, EngineDeadError))
+            future.set_exception(_error(self._death, EngineDiedError))
 
     async def _ask(self, command: Callable[[], _T]) -> _T:
         future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
@@ -228,8 +236,10 @@ class Engine:
         built.set_result(None)
         try:
             self._serve()
+        except _StepFailed as failure:
+            self._die(_death_in(failure))
         except BaseException as error:
-            self._die(("the engine's thread died in a step", error))
+            self._die(("the engine's thread died", error))
         else:
             self._die(("the engine was shut down", None))
         self._release()
@@ -254,9 +264,12 @@ class Engine:
         self._outbox.send()
 
     def _step(self) -> None:
-        self._llm.step()
-        self._num_steps += 1
-        self._abort_doomed()
+        try:
+            self._llm.step()
+            self._num_steps += 1
+            self._abort_doomed()
+        except Exception as error:
+            raise _StepFailed from error
         self._outbox.send()
 
     def _submit(self, call: _Call) -> None:
@@ -373,7 +386,7 @@ class Engine:
         with self._door:
             self._death = reason
         for call in self._pending_calls():
-            self._outbox.reject(call.future, _error(reason, EngineDeadError))
+            self._outbox.reject(call.future, _error(reason, EngineDiedError))
         self._sequences.clear()
         while not self._inbox.empty():
             self._inbox.get()()  # each command finds the engine dead and fails its caller
@@ -385,6 +398,10 @@ class Engine:
         llm.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+def _death_in(failure: _StepFailed) -> _Reason:
+    return "the engine's thread died in a step", failure.__cause__
 
 
 def _error(reason: _Reason, kind: type[EngineError] = EngineError) -> EngineError:

@@ -67,5 +67,5 @@ class RolloutWorker:
         return self._engine.stats()
 
     async def shutdown(self) -> None:
-        """Stops the engine; what is still pending fails with an `EngineDeadError`."""
+        """Stops the engine; what is still pending fails with an `EngineDiedError`."""
         await asyncio.to_thread(self._engine.shutdown)

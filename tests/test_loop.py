@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,10 @@ class BreakingWorker(RolloutWorker):
 
     async def generate(self, request: GenerateRequest) -> tuple[Completion, ...]:
         self.num_asked += len(request.seeds) == 4
-        if self.num_asked == 8 and not self._broken.exists():
-            self._broken.touch()
-            self._engine._llm.step = self._fail
+        if self.num_asked == 8:
+            with suppress(FileExistsError):
+                self._broken.touch(exist_ok=False)
+                self._engine._llm.step = self._fail
         return await super().generate(request)
 
     def _fail(self) -> None:

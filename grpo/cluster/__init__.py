@@ -195,12 +195,15 @@ class Cluster:
         if self._config.rollout.sleep_while_training:
             calls = [rank.release_cached_memory.remote() for rank in self._ranks]
             await self._wait_ranks(calls, "release memory")
-        streams = self._start_weight_streams()  # the first bucket is packed while the engines come to rest
+        senders = sorted({self._sender_to(slot) for slot in slots})
+        streams = self._start_weight_streams(senders)  # the first bucket is packed while the engines come to rest
         alive = await pool.on_each(slots, lambda slot: slot.actor.begin_weight_update.remote(), "pause for new weights")
         while_held()
-        async for refs in self._weight_buckets(streams):
+        async for refs in self._weight_buckets(streams, senders):
             alive = await pool.on_each(
-                alive, lambda slot, refs=refs: slot.actor.load_weights.remote(refs[slot.number]), "load new weights"
+                alive,
+                lambda slot, refs=refs: slot.actor.load_weights.remote(refs[self._sender_to(slot)]),
+                "load new weights",
             )
         # Asked for while the engines are held, the probe's samples are the first that they draw when they go on.
         drawing = [[pool.generate_on(slot, r, "the parity probe") for r in self._probe.requests] for slot in alive]
@@ -216,22 +219,27 @@ class Cluster:
             resumed_at=synced,
         )
 
-    def _start_weight_streams(self) -> list[Any]:
-        """Starts packing on every rank; a few buckets run ahead of what is read."""
-        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
-        return [rank.weight_buckets.options(**options).remote(self._placement.shared) for rank in self._ranks]
+    def _sender_to(self, slot: Slot) -> int:
+        """The rank that a worker gets its weights from: the one on its GPU, or rank 0."""
+        return slot.number if self._placement.shared else 0
 
-    async def _weight_buckets(self, streams: Sequence[Any]) -> AsyncIterator[list[Any]]:
-        """One bucket after another, as references in the order of the workers: to what the rank on a worker's GPU has
-        packed there, or to what rank 0 has packed for all."""
-        if not self._placement.shared:
-            async for ref in streams[0]:
-                yield [ref] * self._placement.num_workers
-        else:
-            async for first in streams[0]:
-                yield [first, *[await anext(stream) for stream in streams[1:]]]
-        ends = [self._wait_rank(i, s.completed(), "send its weights", "sync_timeout_s") for i, s in enumerate(streams)]
-        await asyncio.gather(*ends)
+    def _start_weight_streams(self, senders: Sequence[int]) -> list[Any]:
+        """Starts gathering on every rank and packing on these; a few buckets run ahead of what is read."""
+        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
+        return [
+            rank.weight_buckets.options(**options).remote(sends=i in senders, on_device=self._placement.shared)
+            for i, rank in enumerate(self._ranks)
+        ]
+
+    async def _weight_buckets(self, streams: Sequence[Any], senders: Sequence[int]) -> AsyncIterator[dict[int, Any]]:
+        """One bucket after another, as references by the rank that has packed it; all pack the same ones."""
+        what = ("send its weights", "sync_timeout_s")
+        while True:
+            refs = {i: await self._wait_rank(i, anext(streams[i], None), *what) for i in senders}
+            if None in refs.values():
+                break
+            yield refs
+        await asyncio.gather(*(self._wait_rank(i, s.completed(), *what) for i, s in enumerate(streams)))
 
     async def _find_parity_errors(
         self, slots: Sequence[Slot], version: int, drawing: Sequence[Sequence[Awaitable[tuple[Completion, ...]]]]
@@ -249,7 +257,7 @@ class Cluster:
         errors = []
         for start in range(0, len(drawn), len(self._ranks)):
             part = drawn[start : start + len(self._ranks)]
-            for (slot, answer), scores in zip(part, await self._score([answer for _, answer in part]), strict=False):
+            for (slot, answer), scores in zip(part, await self._score([answer for _, answer in part]), strict=True):
                 engine_logprobs = np.concatenate([c.behavior_logprobs for completions in answer for c in completions])
                 errors.append(self._probe.check(slot.name, version, engine_logprobs, scores))
         return errors
@@ -261,7 +269,7 @@ class Cluster:
         parcels = [MicroBatchParcel.of(MicroBatch(s, (0.0,) * len(s))) for s in samples]
         parcels += parcels[:1] * (len(self._ranks) - len(parcels))
         calls = [rank.score.remote(parcel) for rank, parcel in zip(self._ranks, parcels, strict=True)]
-        return await self._wait_ranks(calls, "score the parity probe")
+        return (await self._wait_ranks(calls, "score the parity probe"))[: len(answers)]
 
     async def _wait_ranks(self, calls: Sequence[Any], what: str) -> list[Any]:
         waits = [self._wait_rank(i, call, what, "train_timeout_s") for i, call in enumerate(calls)]

@@ -24,7 +24,7 @@ from grpo.batch import TrainBatch, pack
 from grpo.cluster.parcels import CompletionParcel, MicroBatchParcel, RecordParcel, ReplayRef
 from grpo.learner import Learner, LearnerSpec, LoadedModels, StepResult, load_models
 from grpo.replay import dump_step
-from rollout.engine import EngineDeadError
+from rollout.engine import EngineDiedError
 from rollout.types import GenerateRequest, Replay
 from rollout.weight_sync import WeightBucket
 from rollout.worker import RolloutWorker
@@ -70,7 +70,7 @@ async def _or_end(call: Awaitable[_T]) -> _T:
     pool finds its worker dead; the error is left in the process's log."""
     try:
         return await call
-    except EngineDeadError as error:
+    except EngineDiedError as error:
         traceback.print_exception(error)
         sys.stderr.flush()
         os._exit(1)
@@ -129,8 +129,8 @@ class LearnerActor:
     def shares_prompts(self) -> bool:
         return self._learner.shares_prompts
 
-    def weight_buckets(self, on_device: bool) -> Iterator[WeightBucket]:
-        yield from self._learner.weight_buckets(_BUCKET_BYTES, on_device=on_device)
+    def weight_buckets(self, sends: bool, on_device: bool) -> Iterator[WeightBucket]:
+        yield from self._learner.weight_buckets(_BUCKET_BYTES, sends=sends, on_device=on_device)
 
     def save(self, folder: Path) -> None:
         self._learner.save(folder)

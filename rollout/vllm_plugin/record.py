@@ -19,7 +19,7 @@ class EngineError(RuntimeError):
     """The engine cannot do what was asked, or returned a record that does not hold together."""
 
 
-class EngineDeadError(EngineError):
+class EngineDiedError(EngineError):
     """The engine has ended, of itself or because it was shut down; it will not answer again."""
 
 

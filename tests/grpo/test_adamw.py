@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.adamw import ScalingAdamW, learning_rate
+from grpo.checkpoint import load_training_state, save_training_state
 from grpo.config import LearnerConfig
 from tests.triton_process import Halves, run_halves
 
@@ -81,6 +83,28 @@ def run_optimizer(size: int, device: str, after: Callable[[ScalingAdamW, int], S
     return State(*(t.detach().cpu() for t in (weight, state["exp_avg"], state["exp_avg_sq"])))
 
 
+def run_through_a_checkpoint(size: int, device: str, folder: Path) -> State:
+    """All steps, with another optimizer of another parameter from the third on, which a checkpoint is read into."""
+
+    def module_of(weight: nn.Parameter) -> nn.Module:
+        module = nn.Module()
+        module.register_parameter("weight", weight)
+        return module
+
+    def reload(optimizer: ScalingAdamW, step: int) -> ScalingAdamW:
+        if step != 2:
+            return optimizer
+        (weight,) = optimizer.param_groups[0]["params"]
+        counters = {"policy_version": 2, "num_updates": 2}
+        save_training_state(folder, module_of(weight), optimizer, counters)
+        fresh = nn.Parameter(torch.zeros_like(weight))
+        again = ScalingAdamW([fresh], CONFIG)
+        assert load_training_state(folder, module_of(fresh), again) == counters
+        return again
+
+    return run_optimizer(size, device, reload)
+
+
 def interpret() -> dict[str, dict[str, float]]:
     """The kernel's errors by size."""
     from grpo.adamw_kernel import adamw_step
@@ -127,6 +151,12 @@ def check(errors: dict[str, float]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_steps_on_a_cpu_equal_float64(size: int) -> None:
     check(errors_of(run_optimizer(size, "cpu", lambda optimizer, _: optimizer), reference(size)))
+
+
+def test_a_checkpoint_continues_bit_equal(tmp_path: Path) -> None:
+    straight = run_optimizer(1024, "cpu", lambda optimizer, _: optimizer)
+    for a, b in zip(straight, run_through_a_checkpoint(1024, "cpu", tmp_path), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,8 @@ class InspectableRank(LearnerActor):
         parameters = list(self._learner.policy.module.parameters())
         return all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in parameters)
 
-    def weights(self) -> dict[str, np.ndarray]:
-        buckets = self._learner.weight_buckets(1 << 16)
+    def weights(self, sends: bool) -> dict[str, np.ndarray]:
+        buckets = self._learner.weight_buckets(1 << 16, sends=sends)
         return {name: tensor.numpy().copy() for bucket in buckets for name, tensor in unpack_bucket(bucket)}
 
 
@@ -91,23 +91,25 @@ def test_two_ranks_equal_one_process(ranks, toy_model, tmp_path):
         for name, gradient in gradients.items():
             np.testing.assert_allclose(gradient, expected[name].numpy(), atol=2e-6, rtol=1e-4, err_msg=name)
 
-    sent = ray.get([actor.weights.remote() for actor in ranks])
+    sent = ray.get([actor.weights.remote(rank == 0) for rank, actor in enumerate(ranks)])
     own = {name: tensor for bucket in alone.weight_buckets(1 << 30) for name, tensor in unpack_bucket(bucket)}
     assert sent[0].keys() == own.keys() and sent[1] == {}, "rank 0 sends, the others take part"
     for name, tensor in own.items():
         # Adam divides by the root of the squared gradient: where that is tiny, rounding shows.
         np.testing.assert_allclose(sent[0][name], tensor.numpy(), atol=2e-4, err_msg=name)
+    for both in ray.get([actor.weights.remote(True) for actor in ranks]):
+        assert both.keys() == own.keys() and all(np.array_equal(both[name], sent[0][name]) for name in own)
 
 
 def test_resumed_ranks_continue_bit_equal(ranks, toy_model, tmp_path):
     ray.get([actor.save.remote(tmp_path / "state") for actor in ranks])
     update = plan(5, NUM_RANKS, 30)
     first = ray.get([actor.train_on.remote(update, rank) for rank, actor in enumerate(ranks)])
-    weights = ray.get([actor.weights.remote() for actor in ranks])[0]
+    weights = ray.get([actor.weights.remote(True) for actor in ranks])[0]
     ray.get([actor.load.remote(tmp_path / "state") for actor in ranks])
     again = ray.get([actor.train_on.remote(update, rank) for rank, actor in enumerate(ranks)])
     assert first == again
-    resumed = ray.get([actor.weights.remote() for actor in ranks])[0]
+    resumed = ray.get([actor.weights.remote(True) for actor in ranks])[0]
     assert all(np.array_equal(weights[name], resumed[name]) for name in weights)
 
 

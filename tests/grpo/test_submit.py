@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
+import aiohttp
 import pytest
+import requests
+from ray.job_submission import JobStatus
 
 from benchmarks.ray_head import free_port, ray_head
+from grpo import submit
 from grpo.checkpoint import list_checkpoints
 from grpo.config import ConfigError, load_config
 from grpo.metrics import read_metrics
 from grpo.submit import SubmitError, follow_job, stop_job, submit_run
 from tests.toy import write_run
 
+T = TypeVar("T")
 NOBODY = "http://127.0.0.1:9"
 
 
@@ -28,6 +35,8 @@ def run_file(toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     folder = tmp_path / "project"
     shutil.copytree(toy_model, folder / "model")
     monkeypatch.chdir(folder)
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # what is asked for comes before these
+        monkeypatch.setenv(variable, "http://somewhere.invalid:8265")
     return write_run(folder, Path("model"), run={"output_dir": str(tmp_path / "runs")})
 
 
@@ -44,8 +53,52 @@ def test_a_run_folder_that_would_go_with_the_job_is_refused(run_file):
 
 
 def test_an_address_that_nobody_answers_at_is_named(run_file):
-    with pytest.raises(SubmitError, match=rf"no Ray dashboard answers at --address {NOBODY}: .* http://head:8265"):
+    with pytest.raises(SubmitError, match=rf"no Ray dashboard answers at --address {NOBODY} .*: .*{NOBODY}"):
         submit_run(load_config(run_file), run_file, address=NOBODY)
+    with pytest.raises(
+        SubmitError, match=r"127\.0\.0\.1:6379 is not that of a dashboard: write it as http://head:8265"
+    ):
+        submit_run(load_config(run_file), run_file, address="127.0.0.1:6379")
+
+
+class FlakyJobs:
+    """A cluster's answers about one job, in order; exceptions are raised."""
+
+    def __init__(self, statuses: Sequence[JobStatus | Exception], logs: Sequence[Sequence[str | Exception]]) -> None:
+        self._statuses, self._logs = iter(statuses), iter(logs)
+
+    def get_job_status(self, _: str) -> JobStatus:
+        return _raised(next(self._statuses))
+
+    async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
+        for text in next(self._logs):
+            yield _raised(text)
+
+
+def _raised(answer: T | Exception) -> T:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def test_what_was_printed_before_a_connection_broke_is_not_printed_again(monkeypatch):
+    monkeypatch.setattr(submit, "_POLL_S", 0.0)
+    gone = requests.ConnectionError("gone")
+    client: Any = FlakyJobs(
+        [JobStatus.RUNNING, gone, JobStatus.RUNNING, JobStatus.RUNNING, JobStatus.STOPPED],
+        [["one ", "two ", aiohttp.ClientError("gone")], ["one tw"], ["one two three "], ["one two three four"]],
+    )
+    printed: list[str] = []
+    asyncio.run(submit._print_logs(client, "job", printed.append))
+    assert "".join(printed) == "one two three four"
+
+
+def test_a_cluster_that_stays_silent_ends_the_wait(monkeypatch):
+    monkeypatch.setattr(submit, "_POLL_S", 0.01)
+    monkeypatch.setattr(submit, "PATIENCE_S", 0.05)
+    client: Any = FlakyJobs([JobStatus.RUNNING, *[requests.ConnectionError("gone")] * 1000], [["one"]])
+    with pytest.raises(SubmitError, match=r"has not answered for 0\.05 s; the run may go on: gone"):
+        asyncio.run(submit._print_logs(client, "job", print))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +142,9 @@ def test_a_job_is_followed_stopped_and_continued(dashboard: str, run_file: Path)
     second = keel("submit", run_file, *at, *longer)
     assert second.returncode == 1 and f"is being written by {job}" in second.stderr
 
-    assert keel("stop", job, *at).returncode == 0
+    stopped = keel("stop", job, *at)
+    assert stopped.returncode == 0 and f"{job} has ended; submit its run file again with --resume" in stopped.stdout
+    assert f"{job} had ended before" in keel("stop", job, *at).stdout
     followed = keel("follow", job, *at)
     assert followed.returncode == 0 and "continue with --resume" in followed.stdout
     assert len(list_checkpoints(long_dir)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from rollout.config import RolloutConfig
-from rollout.engine import Engine, EngineDeadError, EngineError
+from rollout.engine import Engine, EngineDiedError, EngineError
 from rollout.types import Completion, GenerateRequest
 from tests.rollout.engine_reference import Comparison, compare, load_reference, recorded
 from tests.tiny_models import VOCAB_SIZE, make_deepseek_v3, make_qwen3, make_qwen3_moe
@@ -115,12 +116,29 @@ def test_what_fails_in_the_engines_thread_reaches_every_caller(tmp_path: Path) -
             await asyncio.sleep(0.001)
         engine._llm.step = broken_step
         for call in calls:
-            with pytest.raises(EngineDeadError, match="died in a step: ZeroDivisionError: a kernel failed") as caught:
+            with pytest.raises(EngineDiedError, match="died in a step: ZeroDivisionError: a kernel failed") as caught:
                 await asyncio.wait_for(call, 10)
             assert isinstance(caught.value.__cause__, ZeroDivisionError)
         for late in (engine.generate(request), engine.begin_weight_update(), engine.abort()):
-            with pytest.raises(EngineDeadError, match="a kernel failed"):
+            with pytest.raises(EngineDiedError, match="a kernel failed"):
                 await asyncio.wait_for(late, 10)
+
+    with running(make_qwen3(tmp_path), FLOAT32) as engine:
+        asyncio.run(run(engine))
+
+
+def test_a_step_that_fails_while_an_update_waits_for_it_is_the_engines_end(tmp_path: Path) -> None:
+    """Not a failed update, after which a complete one would make the engine whole again."""
+
+    def broken_step() -> None:
+        raise ZeroDivisionError("a kernel failed")
+
+    async def run(engine: Engine) -> None:
+        engine._llm.step = broken_step
+        engine._core.batch_queue = deque([object()])  # a step in flight
+        for _ in range(2):
+            with pytest.raises(EngineDiedError, match="died in a step: ZeroDivisionError: a kernel failed"):
+                await asyncio.wait_for(engine.begin_weight_update(), 10)
 
     with running(make_qwen3(tmp_path), FLOAT32) as engine:
         asyncio.run(run(engine))
