@@ -38,6 +38,8 @@ def ray_head(num_cpus: int, *, dashboard_port: int | None = None) -> Iterator[st
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_until_healthy(address, head)
+            if dashboard_port is not None:
+                _wait_for_dashboard(dashboard_port)
             yield address
         finally:
             os.killpg(head.pid, signal.SIGKILL)
@@ -55,6 +57,18 @@ def _wait_until_healthy(address: str, head: subprocess.Popen[bytes]) -> None:
             raise RuntimeError(f"the Ray head ended with exit code {head.returncode}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"the Ray head at {address} does not answer after {_START_TIMEOUT_S:g} s")
+
+
+def _wait_for_dashboard(port: int) -> None:
+    """Comes up after the rest of the head."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no dashboard at port {port} after {_START_TIMEOUT_S:g} s") from None
+            time.sleep(0.2)
 
 
 def free_port() -> int:

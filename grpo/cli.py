@@ -6,6 +6,7 @@ Everything heavier than typer is imported inside the command that needs it, so t
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,6 +66,7 @@ def train(
     ] = False,
 ) -> None:
     """Trains a model with RL."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
     config = _load(run_file, override)
     if dry_run:
         _print_plan(config, run_file)
@@ -89,14 +91,18 @@ def submit(
     fresh: Fresh = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow what it prints.")] = False,
 ) -> None:
-    """Trains as a job of a Ray cluster; the current folder travels along."""
+    """Trains as a job of a Ray cluster, and follows it; Ctrl-C leaves it running.
+
+    The current folder travels along, without what its .gitignore names; the run file must lie in it. run.output_dir
+    must be an absolute path that every node sees.
+    """
     config = _load(run_file, override)
     _refuse_both(resume, fresh)
     options = ("--resume",) * resume + ("--fresh",) * fresh
     from grpo.submit import submit_run
 
     job = submit_run(config, run_file, address=address, overrides=tuple(override or ()), options=options)
-    typer.echo(f"{job} was taken; its run folder will be {config.run_dir}")
+    typer.echo(f"submitted {job}; its run folder will be {config.run_dir}")
     if not detach:
         _follow(job, address)
 
@@ -112,8 +118,7 @@ def stop(job: Job, address: Address) -> None:
     """Ends a submitted run as Ctrl-C would, with a checkpoint to resume from."""
     from grpo.submit import stop_job
 
-    typer.echo("waiting for the step to end")
-    if stop_job(job, address=address):
+    if stop_job(job, address=address, write=typer.echo):
         typer.echo(f"{job} has ended; submit its run file again with --resume to go on")
     else:
         typer.echo(f"{job} had ended before")
@@ -129,11 +134,12 @@ def evaluate(
     checkpoint: Annotated[Path | None, typer.Option(help="A checkpoint of the run other than its newest.")] = None,
 ) -> None:
     """Measures accuracy on the held-out tasks."""
+    target = target.resolve()
     if target.is_dir():
         from grpo.checkpoint import list_checkpoints
         from grpo.run_folder import load_run
 
-        config, run_file = load_run(target)
+        config, run_file = load_run(target, tuple(override or ()))
         checkpoint = checkpoint or next(reversed(list_checkpoints(target)), None)
     else:
         config, run_file = _load(target, override), target
@@ -280,14 +286,16 @@ def _follow(job: str, address: str) -> None:
     from grpo.submit import follow_job
 
     try:
-        ended_well = follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
+        exit_code = follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
     except KeyboardInterrupt:
         typer.echo(
-            f"\n{job} goes on: `keel follow {job} --address {address}` to see it again, `keel stop` to end it", err=True
+            f"\n{job} goes on: see it again with `keel follow {job} --address {address}`, end it with `keel stop {job} "
+            f"--address {address}`",
+            err=True,
         )
         raise
-    if not ended_well:
-        raise typer.Exit(RUN_FAILED)
+    if exit_code:
+        raise typer.Exit(exit_code)
 
 
 def _print_plan(config: TrainConfig, run_file: Path) -> None:

@@ -109,7 +109,8 @@ class ClusterConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     """Where the actors run, and how long anyone waits for anyone."""
 
     address: str | None = None
-    """Ray address to join (`auto` finds the running one); unset starts a private Ray on this machine."""
+    """Ray address to join (`auto` finds the running one); unset joins the cluster whose job the run is, or starts a
+    private Ray on this machine."""
     layout: Literal["colocated", "disaggregated"] = "disaggregated"
     """`colocated`: engines and learner ranks share GPUs and take turns; `disaggregated`: each has its own."""
     start_timeout_s: float = Field(default=600, gt=0)
@@ -292,12 +293,21 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> TrainConfi
         raise ConfigError(f"{path}: no such run file") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    return make_config(data, overrides, source=path)
+
+
+def make_config(data: dict[str, Any], overrides: tuple[str, ...] = (), *, source: Path) -> TrainConfig:
+    """Applies `table.key=value` overrides to the tables, in place, and validates.
+
+    Raises:
+        ConfigError: a field is unknown or impossible; names it, the file that it came from, and the remedy.
+    """
     for override in overrides:
         _apply_override(data, override)
     try:
         return TrainConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(path, error)) from None
+        raise ConfigError(_explain(source, error)) from None
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

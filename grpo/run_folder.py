@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo.config import ConfigError, TrainConfig
+from grpo.config import ConfigError, TrainConfig, make_config
 from grpo.metrics import read_rows, truncate_metrics, truncate_rows
 from rewards.types import ScoredGroup
 from rollout.types import Task
@@ -84,16 +84,17 @@ def rewind(run_dir: Path, last_step: int) -> None:
     truncate_rows(run_dir / SAMPLES_FILE, last_step)
 
 
-def load_run(run_dir: Path) -> tuple[TrainConfig, Path]:
-    """The resolved configuration of a run and its run file.
+def load_run(run_dir: Path, overrides: tuple[str, ...] = ()) -> tuple[TrainConfig, Path]:
+    """The resolved configuration of a run, with overrides, and its run file.
 
     Raises:
-        ConfigError: the folder is not a run folder.
+        ConfigError: the folder is not a run folder, or an override is impossible.
     """
     for name in (CONFIG_FILE, RUN_FILE):
         if not (run_dir / name).is_file():
             raise ConfigError(f"{run_dir}: no {name} in it: name a run folder, for example runs/quickstart")
-    config = TrainConfig.model_validate_json((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    path = run_dir / CONFIG_FILE
+    config = make_config(json.loads(path.read_text(encoding="utf-8")), overrides, source=path)
     return config, Path(json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))["run_file"])
 
 

@@ -12,9 +12,9 @@ import math
 import os
 import shlex
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,37 +70,36 @@ def submit_run(
             "the job: name one that every node sees, for example -o run.output_dir=/shared/runs"
         )
     client = _connect(address)
-    _refuse_a_second(client, config.run_dir)
-    if config.cluster.address is None:
-        overrides += ("cluster.address=auto",)
     arguments = [str(travelling), *(part for override in overrides for part in ("-o", override)), *options]
-    with _asking(f"{folder} was not taken"):
+    travels = {"working_dir": str(folder), "excludes": _excludes(folder, config), "env_vars": _variables(config)}
+    with _asking(f"{folder} was not taken (of large files that need not travel, .gitignore is to have the names)"):
         return client.submit_job(
             entrypoint=shlex.join(["keel", "train", *arguments]),
-            submission_id=f"keel-{config.run.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}",
-            runtime_env={"working_dir": str(folder), "excludes": list(EXCLUDES), "env_vars": _variables(config)},
+            submission_id=_next_id(client, config),
+            runtime_env=travels,
             metadata={_RUN_DIR: str(config.run_dir)},
         )
 
 
-def follow_job(job_id: str, *, address: str, write: Callable[[str], object]) -> bool:
-    """Hands all that a job prints to `write`, from its start to its end; returns whether it ended well.
+def follow_job(job_id: str, *, address: str, write: Callable[[str], object]) -> int:
+    """Hands all that a job prints to `write`, from its start to its end; returns its exit code.
 
-    A job that was stopped has ended well. Raises SubmitError if the cluster does not know the job, or has not answered
+    That of a job that was stopped is 0. Raises SubmitError if the cluster does not know the job, or has not answered
     for `PATIENCE_S`; the job may go on.
     """
     client = _connect(address)
     _status_of(client, job_id)
     asyncio.run(_print_logs(client, job_id, write))
     job = _patiently(lambda: client.get_job_info(job_id))
-    if job.status == JobStatus.FAILED:
-        write(f"\n{job_id} failed: {job.message}\n")
-    return job.status != JobStatus.FAILED
+    if job.status != JobStatus.FAILED:
+        return 0
+    write(f"\n{job_id} failed: {(job.message or '').partition(', last available logs')[0]}\n")
+    return job.driver_exit_code or 1
 
 
-def stop_job(job_id: str, *, address: str) -> bool:
+def stop_job(job_id: str, *, address: str, write: Callable[[str], object]) -> bool:
     """Ends a run as Ctrl-C would, which leaves a checkpoint of its last step, and returns when it has ended. False if
-    there was nothing to stop: it had ended by itself.
+    there was nothing to stop: it had ended by itself. `write` is told what is waited for.
 
     A run that takes longer than its own limits allow is killed. Raises SubmitError if the cluster does not know the
     job, or has not answered for `PATIENCE_S`.
@@ -110,6 +109,7 @@ def stop_job(job_id: str, *, address: str) -> bool:
         return False
     with _asking(f"{job_id} was not stopped"):
         client.stop_job(job_id)
+    write(f"waiting for {job_id} to end its step")
     while not _patiently(lambda: client.get_job_status(job_id)).is_terminal():
         time.sleep(_POLL_S)
     return True
@@ -118,7 +118,7 @@ def stop_job(job_id: str, *, address: str) -> bool:
 def _connect(address: str) -> JobSubmissionClient:
     if not address.startswith(("http://", "https://")):
         raise SubmitError(f"--address {address} is not that of a dashboard: write it as http://head:8265")
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray would take it from there, or from RAY_ADDRESS, before ours
     with _asking(
         f"no Ray dashboard answers at --address {address} (to be reached from elsewhere, the head needs ray[default] "
@@ -127,16 +127,29 @@ def _connect(address: str) -> JobSubmissionClient:
         return JobSubmissionClient(address)
 
 
-def _refuse_a_second(client: JobSubmissionClient, run_dir: Path) -> None:
-    """Two runs would write into one folder."""
+def _next_id(client: JobSubmissionClient, config: TrainConfig) -> str:
+    """A number on for every job of this run folder. Of two that are sent at once, the cluster refuses one.
+
+    Raises SubmitError if one of them is under way: two runs would write into one folder.
+    """
+    run_dir = str(config.run_dir)
     with _asking("the cluster does not say what runs on it"):
-        jobs = client.list_jobs()
-    for job in jobs:
-        if not job.status.is_terminal() and (job.metadata or {}).get(_RUN_DIR) == str(run_dir):
+        earlier = [job for job in client.list_jobs() if (job.metadata or {}).get(_RUN_DIR) == run_dir]
+    for job in earlier:
+        if not job.status.is_terminal():
             raise SubmitError(
-                f"{run_dir} is being written by {job.submission_id}: follow it with `keel follow`, end it with "
-                "`keel stop`, or choose another run.name"
+                f"{run_dir} is being written by {job.submission_id}: follow it with `keel follow {job.submission_id}`, "
+                f"end it with `keel stop {job.submission_id}`, or choose another run.name"
             )
+    number = 1 + max((int(str(job.submission_id).rpartition("-")[2]) for job in earlier), default=0)
+    return f"keel-{config.run.name}-{zlib.crc32(run_dir.encode()):08x}-{number}"
+
+
+def _excludes(folder: Path, config: TrainConfig) -> list[str]:
+    """With what earlier runs left behind, where that lies in the folder."""
+    output_dir = Path(config.run.output_dir)
+    inside = [f"/{output_dir.relative_to(folder)}"] if output_dir.is_relative_to(folder) else []
+    return [*EXCLUDES, *inside]
 
 
 def _variables(config: TrainConfig) -> dict[str, str]:
@@ -168,7 +181,7 @@ async def _print_logs(client: JobSubmissionClient, job_id: str, write: Callable[
             failing_since = min(failing_since, time.monotonic())
             if time.monotonic() - failing_since > PATIENCE_S:
                 raise _silent(error) from error
-            await asyncio.sleep(_POLL_S)
+        await asyncio.sleep(_POLL_S)
 
 
 def _patiently(ask: Callable[[], _T]) -> _T:
@@ -196,4 +209,5 @@ def _asking(trouble: str) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        raise SubmitError(f"{trouble}: {error}") from error
+        lines = str(error).strip().splitlines()  # of a traceback on the other side, the last one says it
+        raise SubmitError(f"{trouble}: {lines[-1] if 'Traceback' in str(error) else str(error)}") from error

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rollout.config import RolloutConfig
 from rollout.outbox import Outbox
+from rollout.reasons import Reason, StepFailed
 from rollout.types import Completion, GenerateRequest
 from rollout.vllm_plugin.record import (
     EngineDiedError,
@@ -41,12 +42,6 @@ __all__ = ["Engine", "EngineDiedError", "EngineError", "EngineStats"]
 
 _ONE_PER_PROCESS = threading.Lock()
 _T = TypeVar("_T")
-_Reason = tuple[str, BaseException | None]
-"""What happened, and the exception behind it."""
-
-
-class _StepFailed(BaseException):
-    """A step failed; the cause says how. Not an Exception: no command in which it happens may take it for its own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -101,9 +96,9 @@ class Engine:
         self._num_steps = 0
         self._updating = False
         self._stopping = False
-        self._refusal: _Reason | None = None
+        self._refusal: Reason | None = None
         """Why generation is refused: a weight update failed. Lifted by a complete one."""
-        self._death: _Reason | None = None
+        self._death: Reason | None = None
         self._door = threading.Lock()
         """Guards `_death` against `_inbox`: nothing is posted to a thread that will not read it."""
         self._llm: Any = None
@@ -192,11 +187,11 @@ class Engine:
         def run() -> None:
             try:
                 if self._death is not None:
-                    raise _error(self._death, EngineDiedError)
+                    raise self._death.error()
                 command()
-            except _StepFailed as failure:
+            except StepFailed as failure:
                 if future is not None:
-                    self._outbox.reject(future, _error(_death_in(failure), EngineDiedError))
+                    self._outbox.reject(future, failure.reason.error())
                 raise
             except BaseException as error:
                 if future is not None:
@@ -209,7 +204,7 @@ class Engine:
                 self._inbox.put(run)
                 return
         if future is not None:
-            future.set_exception(_error(self._death, EngineDiedError))
+            future.set_exception(self._death.error())
 
     async def _ask(self, command: Callable[[], _T]) -> _T:
         future: asyncio.Future[_T] = asyncio.get_running_loop().create_future()
@@ -230,18 +225,18 @@ class Engine:
             self._has_routes = self._has_routes and model.is_moe
             self._core.scheduler.on_finished = self._hand_out
         except BaseException as error:
-            self._death = ("vLLM could not be started", error)
-            built.set_exception(_error(self._death))
+            self._death = Reason("vLLM could not be started", error)
+            built.set_exception(self._death.error())
             return
         built.set_result(None)
         try:
             self._serve()
-        except _StepFailed as failure:
-            self._die(_death_in(failure))
+        except StepFailed as failure:
+            self._die(failure.reason)
         except BaseException as error:
-            self._die(("the engine's thread died", error))
+            self._die(Reason("the engine's thread died", error, EngineDiedError))
         else:
-            self._die(("the engine was shut down", None))
+            self._die(Reason("the engine was shut down", kind=EngineDiedError))
         self._release()
 
     @property
@@ -269,12 +264,12 @@ class Engine:
             self._num_steps += 1
             self._abort_doomed()
         except Exception as error:
-            raise _StepFailed from error
+            raise StepFailed from error
         self._outbox.send()
 
     def _submit(self, call: _Call) -> None:
         if self._refusal is not None:
-            raise _error(self._refusal)
+            raise self._refusal.error()
         if call.future.cancelled():
             return
         sequence_ids = [str(next(self._ids)) for _ in call.request.seeds]
@@ -372,21 +367,21 @@ class Engine:
             yield
         except Exception as error:
             self._updating = False
-            self._refusal = (f"a weight update {what}; run a complete one before generating", error)
+            self._refusal = Reason(f"a weight update {what}; run a complete one before generating", error)
             for call in self._pending_calls():
                 self._drop(call)
-                self._outbox.reject(call.future, _error(self._refusal))
-            raise _error(self._refusal) from error
+                self._outbox.reject(call.future, self._refusal.error())
+            raise self._refusal.error() from error
 
     def _pending_calls(self) -> set[_Call]:
         return {sequence.call for sequence in self._sequences.values()}
 
-    def _die(self, reason: _Reason) -> None:
+    def _die(self, reason: Reason) -> None:
         """From here on every call fails at once; so do those that wait for the thread."""
         with self._door:
             self._death = reason
         for call in self._pending_calls():
-            self._outbox.reject(call.future, _error(reason, EngineDiedError))
+            self._outbox.reject(call.future, reason.error())
         self._sequences.clear()
         while not self._inbox.empty():
             self._inbox.get()()  # each command finds the engine dead and fails its caller
@@ -398,15 +393,3 @@ class Engine:
         llm.engine_core.shutdown()
         del llm
         gc.collect()
-
-
-def _death_in(failure: _StepFailed) -> _Reason:
-    return "the engine's thread died in a step", failure.__cause__
-
-
-def _error(reason: _Reason, kind: type[EngineError] = EngineError) -> EngineError:
-    """A new exception per caller: one that is raised twice would gather both tracebacks."""
-    message, cause = reason
-    error = kind(message if cause is None else f"{message}: {type(cause).__name__}: {cause}")
-    error.__cause__ = cause
-    return error

@@ -15,15 +15,18 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from grpo.cluster.waits import ClusterError, wait_for
 from grpo.config import TrainConfig
 
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for what it runs as a job."""
+
 
 def start_ray(config: TrainConfig) -> None:
-    """Joins the cluster at `cluster.address`, or starts a private Ray on this machine.
+    """Joins the cluster at `cluster.address`, or that whose job this is, or starts a private Ray on this machine.
 
     Raises:
         ClusterError: nothing answers at the address.
     """
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    address = config.cluster.address
+    address = config.cluster.address or ("auto" if _JOB_VARIABLE in os.environ else None)
     if address is None:
         cores = _cpus_wanted(config)
         ray.init(

@@ -39,6 +39,9 @@ def test_new_run_holds_config_versions_and_seed(run_file: Path) -> None:
     run_dir = begin_run(config, run_file=run_file, resume=False)
     assert run_dir == config.run_dir
     assert load_run(run_dir) == (config, run_file)
+    assert load_run(run_dir, ("run.eval_samples=4",))[0].run.eval_samples == 4
+    with pytest.raises(ConfigError, match=r"config\.json: run\.eval_samplse: unknown key; did you mean 'eval_samples'"):
+        load_run(run_dir, ("run.eval_samplse=4",))
     record = json.loads((run_dir / "run.json").read_text())
     assert record["seed"] == 5 and len(record["starts"]) == 1
     assert {"python", "torch", "ray", "transformers"} <= set(record["starts"][0]["versions"])

@@ -127,13 +127,14 @@ def test_a_job_is_followed_stopped_and_continued(dashboard: str, run_file: Path)
     assert [row["step"] for row in read_metrics(run_dir)] == [0, 1, 2, 3]
 
     again = keel("submit", run_file, *at)
-    assert again.returncode == 1 and "already holds a run" in again.stdout and " failed: " in again.stdout
+    assert again.returncode == 2 and again.stdout.count("already holds a run") == 1, again.stdout
+    assert "failed: Job entrypoint command failed with exit code 2" in again.stdout
 
     longer = ("-o", "run.name=long", "-o", "run.steps=500")
     taken = keel("submit", run_file, *at, *longer, "--detach")
     assert taken.returncode == 0, taken.stderr
-    job = taken.stdout.split()[0]
-    assert job.startswith("keel-long-")
+    job = taken.stdout.split()[1].rstrip(";")
+    assert job.startswith("keel-long-") and job.endswith("-1")
     long_dir = run_dir.with_name("long")
     deadline = time.monotonic() + 120
     while not any(row["step"] for row in read_metrics(long_dir)):
@@ -158,6 +159,6 @@ def test_a_job_is_followed_stopped_and_continued(dashboard: str, run_file: Path)
 @pytest.mark.slow
 def test_a_job_that_the_cluster_does_not_know_is_named(dashboard: str) -> None:
     with pytest.raises(SubmitError, match="does not know keel-nothing"):
-        stop_job("keel-nothing", address=dashboard)
+        stop_job("keel-nothing", address=dashboard, write=print)
     with pytest.raises(SubmitError, match="does not know keel-nothing"):
         follow_job("keel-nothing", address=dashboard, write=print)
