@@ -234,7 +234,7 @@ class Cluster:
     async def _weight_buckets(self, streams: Sequence[Any], senders: Sequence[int]) -> AsyncIterator[dict[int, Any]]:
         """One bucket after another, as references by the rank that has packed it; all pack the same ones."""
         what = ("send its weights", "sync_timeout_s")
-        while True:
+        while senders:  # none, where every worker is being replaced
             refs = {i: await self._wait_rank(i, anext(streams[i], None), *what) for i in senders}
             if None in refs.values():
                 break
