@@ -33,7 +33,8 @@ def ray_head(num_cpus: int, *, dashboard_port: int | None = None) -> Iterator[st
     command = [*_ray("start"), "--head", "--block", f"--num-cpus={num_cpus}", "--node-ip-address=127.0.0.1"]
     command += [f"--port={address.rpartition(':')[2]}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
     command += ["--disable-usage-stats", f"--include-dashboard={str(dashboard_port is not None).lower()}"]
-    command += [] if dashboard_port is None else [f"--dashboard-port={dashboard_port}"]
+    if dashboard_port is not None:  # jobs go through an agent, whose port would be that of every other head here
+        command += [f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={free_port()}"]
     with tempfile.TemporaryFile("w+") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:

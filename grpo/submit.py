@@ -15,7 +15,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,14 +73,11 @@ def submit_run(
     arguments = [str(travelling), *(part for override in overrides for part in ("-o", override)), *options]
     travels = {"working_dir": str(folder), "excludes": _excludes(folder, config), "env_vars": _variables(config)}
     with _asking(f"{folder} was not taken (of large files that need not travel, .gitignore is to have the names)"):
-        return _when_agents_are_up(
-            partial(
-                client.submit_job,
-                entrypoint=shlex.join(["keel", "train", *arguments]),
-                submission_id=_next_id(client, config),
-                runtime_env=travels,
-                metadata={_RUN_DIR: str(config.run_dir)},
-            )
+        return client.submit_job(
+            entrypoint=shlex.join(["keel", "train", *arguments]),
+            submission_id=_next_id(client, config),
+            runtime_env=travels,
+            metadata={_RUN_DIR: str(config.run_dir)},
         )
 
 
@@ -154,18 +150,6 @@ def _excludes(folder: Path, config: TrainConfig) -> list[str]:
     output_dir = Path(config.run.output_dir)
     inside = [f"/{output_dir.relative_to(folder)}"] if output_dir.is_relative_to(folder) else []
     return [*EXCLUDES, *inside]
-
-
-def _when_agents_are_up(submit: Callable[[], str]) -> str:
-    """A head that has just been started takes jobs some seconds after it answers."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return submit()
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(_POLL_S)
 
 
 def _variables(config: TrainConfig) -> dict[str, str]:

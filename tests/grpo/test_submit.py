@@ -93,15 +93,6 @@ def test_what_was_printed_before_a_connection_broke_is_not_printed_again(monkeyp
     assert "".join(printed) == "one two three four"
 
 
-def test_a_head_that_takes_no_jobs_yet_is_asked_again(monkeypatch):
-    monkeypatch.setattr(submit, "_POLL_S", 0.0)
-    not_yet = RuntimeError("status code 500: No available agent to submit job, please try again later.")
-    answers: list[str | Exception] = [not_yet, not_yet, "keel-r-1"]
-    assert submit._when_agents_are_up(lambda: _raised(answers.pop(0))) == "keel-r-1"
-    with pytest.raises(RuntimeError, match="already exists"):
-        submit._when_agents_are_up(lambda: _raised(RuntimeError("keel-r-1 already exists")))
-
-
 def test_a_cluster_that_stays_silent_ends_the_wait(monkeypatch):
     monkeypatch.setattr(submit, "_POLL_S", 0.01)
     monkeypatch.setattr(submit, "PATIENCE_S", 0.05)
