@@ -105,6 +105,16 @@ def run_through_a_checkpoint(size: int, device: str, folder: Path) -> State:
     return run_optimizer(size, device, reload)
 
 
+def check_steps(size: int, device: str) -> None:
+    check(errors_of(run_optimizer(size, device, lambda optimizer, _: optimizer), reference(size)))
+
+
+def check_checkpoint(size: int, device: str, folder: Path) -> None:
+    straight = run_optimizer(size, device, lambda optimizer, _: optimizer)
+    for a, b in zip(straight, run_through_a_checkpoint(size, device, folder), strict=True):
+        assert torch.equal(a, b)
+
+
 def interpret() -> dict[str, dict[str, float]]:
     """The kernel's errors by size."""
     from grpo.adamw_kernel import adamw_step
@@ -150,13 +160,11 @@ def check(errors: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_steps_on_a_cpu_equal_float64(size: int) -> None:
-    check(errors_of(run_optimizer(size, "cpu", lambda optimizer, _: optimizer), reference(size)))
+    check_steps(size, "cpu")
 
 
 def test_a_checkpoint_continues_bit_equal(tmp_path: Path) -> None:
-    straight = run_optimizer(1024, "cpu", lambda optimizer, _: optimizer)
-    for a, b in zip(straight, run_through_a_checkpoint(1024, "cpu", tmp_path), strict=True):
-        assert torch.equal(a, b)
+    check_checkpoint(1024, "cpu", tmp_path)
 
 
 @pytest.fixture(scope="module")
