@@ -152,14 +152,14 @@ def main() -> None:
 
 def run_missing() -> None:
     """Trains every run whose folder does not hold all its steps yet, one after another."""
-    with ray_head(num_cpus=2) as address:
+    with ray_head(num_cpus=2) as head:
         from grpo.run_folder import delete_run
         from grpo.train import train  # imports Ray, which reads the token that `ray_head` has set
 
         for study in STUDIES:
             for variant in study.variants:
                 for seed in study.seeds:
-                    config = study.config(variant, seed, address)
+                    config = study.config(variant, seed, head.address)
                     if is_finished(config):
                         continue
                     delete_run(config.run_dir)

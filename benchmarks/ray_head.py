@@ -11,39 +11,52 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from typing import NamedTuple, TextIO
 
 _START_TIMEOUT_S = 60.0
 _OBJECT_STORE_BYTES = 256 << 20
+_SHOWN_CHARS = 2000
+"""Of what a head printed that did not start."""
+
+
+class RayHead(NamedTuple):
+    """Where a head answers."""
+
+    address: str
+    """For `ray.init`, `HOST:PORT`."""
+    dashboard: str
+    """URL of its dashboard, where jobs are submitted; nothing answers there unless it was asked for."""
 
 
 @contextmanager
-def ray_head(num_cpus: int, *, dashboard_port: int | None = None) -> Iterator[str]:
-    """The address of a running Ray head, with a dashboard if it is given a port; all of it ends with the block.
+def ray_head(num_cpus: int, *, dashboard: bool = False) -> Iterator[RayHead]:
+    """A running Ray head; all of it ends with the block.
 
     Ray's token authentication stays on: the head and the runs of this process share a token through the environment.
 
     Raises:
-        RuntimeError: the head ended, or did not answer in time.
+        RuntimeError: the head ended, or did not answer in time; with the end of what it printed.
     """
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    address = f"127.0.0.1:{free_port()}"
+    port, dashboard_port, agent_port = _free_ports(3)
     command = [*_ray("start"), "--head", "--block", f"--num-cpus={num_cpus}", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={address.rpartition(':')[2]}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
-    command += ["--disable-usage-stats", f"--include-dashboard={str(dashboard_port is not None).lower()}"]
-    if dashboard_port is not None:  # jobs go through an agent, whose port would be that of every other head here
-        command += [f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={free_port()}"]
+    command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
+    # The agent's own default is a port that any process may have been given, another head or `port` above among them.
+    command += [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={agent_port}"]
+    command += [f"--include-dashboard={str(dashboard).lower()}"]
     with tempfile.TemporaryFile("w+") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait_until_healthy(address, head)
-            if dashboard_port is not None:
+            _wait_until_healthy(f"127.0.0.1:{port}", head, log)
+            if dashboard:
                 _wait_for_dashboard(dashboard_port)
-            yield address
+            yield RayHead(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}")
         finally:
-            os.killpg(head.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(head.pid, signal.SIGKILL)
             head.wait()
 
 
@@ -51,11 +64,12 @@ def _ray(verb: str) -> list[str]:
     return [sys.executable, "-m", "ray.scripts.scripts", verb]
 
 
-def _wait_until_healthy(address: str, head: subprocess.Popen[bytes]) -> None:
+def _wait_until_healthy(address: str, head: subprocess.Popen[bytes], log: TextIO) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while subprocess.run([*_ray("health-check"), "--address", address], capture_output=True, check=False).returncode:
         if head.poll() is not None:
-            raise RuntimeError(f"the Ray head ended with exit code {head.returncode}")
+            log.seek(0)
+            raise RuntimeError(f"the Ray head ended with exit code {head.returncode}: {log.read()[-_SHOWN_CHARS:]}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"the Ray head at {address} does not answer after {_START_TIMEOUT_S:g} s")
 
@@ -72,8 +86,10 @@ def _wait_for_dashboard(port: int) -> None:
             time.sleep(0.2)
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _free_ports(count: int) -> list[int]:
+    """Different ports of this machine that nobody listens on."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]

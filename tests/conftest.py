@@ -36,8 +36,8 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """A running Ray cluster that runs join by address; more logical cores than the machine has."""
-    with ray_head(num_cpus=8) as address:
-        yield address
+    with ray_head(num_cpus=8) as head:
+        yield head.address
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import pytest
 import requests
 from ray.job_submission import JobStatus
 
-from benchmarks.ray_head import free_port, ray_head
+from benchmarks.ray_head import ray_head
 from grpo import submit
 from grpo.checkpoint import list_checkpoints
 from grpo.config import ConfigError, load_config
@@ -104,11 +104,10 @@ def test_a_cluster_that_stays_silent_ends_the_wait(monkeypatch):
 @pytest.fixture(scope="module")
 def dashboard() -> Iterator[str]:
     """Address of the dashboard of a cluster that has `keel` on its path."""
-    port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
-        with ray_head(num_cpus=8, dashboard_port=port):
-            yield f"http://127.0.0.1:{port}"
+        with ray_head(num_cpus=8, dashboard=True) as head:
+            yield head.dashboard
 
 
 def keel(*arguments: object) -> subprocess.CompletedProcess[str]:
