@@ -42,6 +42,7 @@ def ray_head(num_cpus: int, *, dashboard: bool = False) -> Iterator[RayHead]:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     port, dashboard_port, agent_port = _free_ports(3)
+    address = f"127.0.0.1:{port}"
     command = [*_ray("start"), "--head", "--block", f"--num-cpus={num_cpus}", "--node-ip-address=127.0.0.1"]
     command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
     # The agent's own default is a port that any process may have been given, another head or `port` above among them.
@@ -50,10 +51,11 @@ def ray_head(num_cpus: int, *, dashboard: bool = False) -> Iterator[RayHead]:
     with tempfile.TemporaryFile("w+") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait_until_healthy(f"127.0.0.1:{port}", head, log)
-            if dashboard:
-                _wait_for_dashboard(dashboard_port)
-            yield RayHead(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard_port}")
+            _wait_for_port(port, head, log)
+            _wait_until_healthy(address)
+            if dashboard:  # comes up after the rest
+                _wait_for_port(dashboard_port, head, log)
+            yield RayHead(address, f"http://127.0.0.1:{dashboard_port}")
         finally:
             with suppress(ProcessLookupError):  # it has ended by itself
                 os.killpg(head.pid, signal.SIGKILL)
@@ -64,26 +66,27 @@ def _ray(verb: str) -> list[str]:
     return [sys.executable, "-m", "ray.scripts.scripts", verb]
 
 
-def _wait_until_healthy(address: str, head: subprocess.Popen[bytes], log: TextIO) -> None:
+def _wait_for_port(port: int, head: subprocess.Popen[bytes], log: TextIO) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while subprocess.run([*_ray("health-check"), "--address", address], capture_output=True, check=False).returncode:
+    while True:
         if head.poll() is not None:
             log.seek(0)
             raise RuntimeError(f"the Ray head ended with exit code {head.returncode}: {log.read()[-_SHOWN_CHARS:]}")
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the Ray head at {address} does not answer after {_START_TIMEOUT_S:g} s")
-
-
-def _wait_for_dashboard(port: int) -> None:
-    """Comes up after the rest of the head."""
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while True:
         try:
             return socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"no dashboard at port {port} after {_START_TIMEOUT_S:g} s") from None
+                raise RuntimeError(
+                    f"nothing of the Ray head answers at port {port} after {_START_TIMEOUT_S:g} s"
+                ) from None
             time.sleep(0.2)
+
+
+def _wait_until_healthy(address: str) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while subprocess.run([*_ray("health-check"), "--address", address], capture_output=True, check=False).returncode:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the Ray head at {address} is not healthy after {_START_TIMEOUT_S:g} s")
 
 
 def _free_ports(count: int) -> list[int]:
