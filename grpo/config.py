@@ -80,7 +80,8 @@ class LearnerConfig(BaseModel, frozen=True, extra="forbid", use_attribute_docstr
     """The FSDP2 training group."""
 
     ranks: int = Field(default=1, ge=1)
-    """Processes that share the model; one GPU each where there are GPUs."""
+    """Processes that share the model; one GPU each where there are GPUs. The first reads it, in float32 (twice if a KL
+    strength is above zero), into the host memory of its node."""
     lr: float = Field(default=1e-6, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine"] = "constant"

@@ -15,7 +15,9 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -85,6 +87,7 @@ def prepare_policy(
     routing = routing_replay.install(module) if keep_routing else None
     if gradient_checkpointing and trainable:
         module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        module.disable_input_require_grads()  # for adapters; here the embedding is trained
     head = SupportHead(_output_layer(module), copies)
     policy = PolicyModel(module, head, routing, attention, shares_prompts, copies)
     check_replay(policy)
@@ -111,7 +114,8 @@ def shard_policy(policy: PolicyModel, *, compute_dtype: torch.dtype, world_size:
 
     Master weights, gradients and their reduction are float32; `compute_dtype` is that of the forward and backward.
     One rank keeps a plain module, with copies of its weights in another `compute_dtype` (a frozen module is held in
-    that type instead). Several ranks need an initialised process group.
+    that type instead). Several ranks need an initialised process group; the weights are rank 0's, whatever the others
+    hold (`grpo.outline`).
 
     Raises:
         ModelCheckError: on a GPU, if packed attention is wrong in `compute_dtype`.
@@ -119,7 +123,10 @@ def shard_policy(policy: PolicyModel, *, compute_dtype: torch.dtype, world_size:
     module = policy.module
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if world_size > 1:
+        whole = module.state_dict() if dist.get_rank() == 0 else {}
         _fully_shard(module, compute_dtype)
+        nn.Module.to(module, device)
+        set_model_state_dict(module, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     nn.Module.to(module, device)
     if world_size == 1 and compute_dtype != torch.float32:
         _compute_in(policy, compute_dtype)

@@ -103,7 +103,8 @@ class Cluster:
         )
         world = config.learner.ranks
         self._ranks = [ray.remote(LearnerActor).options(**self._placement.rank(i)).remote() for i in range(world)]
-        reads = [rank.read_model.remote(self._spec, world) for rank in self._ranks]
+        outline = self._ranks[0].read_model.remote(self._spec, world)
+        reads = [outline, *(rank.take_model.remote(self._spec, world, outline) for rank in self._ranks[1:])]
         await asyncio.gather(self.pool.wait_until_up(), *self._starts(reads, "load the model"))
         # Only now: vLLM sizes its cache by the GPU memory that is free while it starts, and stops if it grows.
         address = await self._wait_rank(0, self._ranks[0].free_address.remote(), "answer", "start_timeout_s")

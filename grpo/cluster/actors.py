@@ -23,6 +23,7 @@ import torch
 from grpo.batch import TrainBatch, pack
 from grpo.cluster.parcels import CompletionParcel, MicroBatchParcel, RecordParcel, ReplayRef
 from grpo.learner import Learner, LearnerSpec, LoadedModels, StepResult, load_models
+from grpo.outline import from_outline, take_outline
 from grpo.replay import dump_step
 from rollout.engine import EngineDiedError
 from rollout.types import GenerateRequest, Replay
@@ -88,12 +89,16 @@ class LearnerActor:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def read_model(self, spec: LearnerSpec, world_size: int) -> None:
-        if torch.cuda.is_available():  # the CPU only loads and checks the model
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
-        else:
-            torch.set_num_threads(spec.config.cpu_threads)
+    def read_model(self, spec: LearnerSpec, world_size: int) -> bytes:
+        """How rank 0 begins; returns what the others begin with."""
+        _use_cores(spec, world_size)
         self._loaded = load_models(spec)
+        return take_outline(self._loaded)
+
+    def take_model(self, spec: LearnerSpec, world_size: int, outline: bytes) -> None:
+        """How every other rank begins; the weights come with `build`."""
+        _use_cores(spec, world_size)
+        self._loaded = from_outline(outline)
 
     def build(self, spec: LearnerSpec, rank: int, world_size: int, address: str) -> None:
         if world_size > 1:
@@ -140,6 +145,13 @@ class LearnerActor:
 
     def export(self, folder: Path) -> None:
         self._learner.export(folder)
+
+
+def _use_cores(spec: LearnerSpec, world_size: int) -> None:
+    if torch.cuda.is_available():  # the CPU only loads and checks the model
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    else:
+        torch.set_num_threads(spec.config.cpu_threads)
 
 
 def keep_for_good() -> None:

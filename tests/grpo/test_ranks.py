@@ -70,7 +70,8 @@ def ranks(ray_address: str, toy_model: Path) -> Iterator[list[Any]]:
 
 def start_ranks(spec: LearnerSpec) -> list[Any]:
     actors = [ray.remote(InspectableRank).options(num_cpus=1).remote() for _ in range(NUM_RANKS)]
-    ray.get([actor.read_model.remote(spec, NUM_RANKS) for actor in actors])
+    outline = actors[0].read_model.remote(spec, NUM_RANKS)
+    ray.get([actor.take_model.remote(spec, NUM_RANKS, outline) for actor in actors[1:]])
     address = ray.get(actors[0].free_address.remote())
     ray.get([actor.build.remote(spec, rank, NUM_RANKS, address) for rank, actor in enumerate(actors)])
     return actors
