@@ -22,7 +22,7 @@ from benchmarks.ablation_report import Column, draw_panels, print_table, values
 from benchmarks.machine import describe_machine
 from benchmarks.ray_head import ray_head
 from grpo.config import TrainConfig, load_config
-from grpo.metrics import read_metrics
+from grpo.records.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 RUN_FILE = ROOT / "examples" / "quickstart" / "train.toml"
@@ -153,7 +153,7 @@ def main() -> None:
 def run_missing() -> None:
     """Trains every run whose folder does not hold all its steps yet, one after another."""
     with ray_head(num_cpus=2) as head:
-        from grpo.run_folder import delete_run
+        from grpo.records.run_folder import delete_run
         from grpo.train import train  # imports Ray, which reads the token that `ray_head` has set
 
         for study in STUDIES:

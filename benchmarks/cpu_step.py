@@ -78,7 +78,7 @@ def row(*cells: str) -> None:
 def print_step(folder: Path) -> Path:
     """Trains the quickstart for a few steps, every batch dumped; returns the run folder."""
     from grpo.config import load_config
-    from grpo.metrics import read_metrics
+    from grpo.records.metrics import read_metrics
     from grpo.train import train
 
     overrides = (f"run.steps={STEPS}", "run.eval_every=0", "run.checkpoint_every=0", f"run.output_dir={folder}")

@@ -39,7 +39,7 @@ from grpo.config import LearnerConfig
 from grpo.learner import Learner, LearnerSpec, LoadedModels
 from grpo.logprobs import token_logprobs
 from grpo.loss import LossInputs, grpo_loss
-from grpo.model import prepare_policy, reshard
+from grpo.policy.model import prepare_policy, reshard
 from rollout.types import KeptSets, Replay
 
 STATED_RATE = 790e12

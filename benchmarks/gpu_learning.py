@@ -36,7 +36,7 @@ from benchmarks.machine import describe_machine
 from examples.quickstart.base_model import make_tokenizer
 from grpo.config import LearnerConfig, load_config
 from grpo.learner import Learner, LearnerSpec
-from grpo.metrics import read_metrics
+from grpo.records.metrics import read_metrics
 from grpo.sft import fine_tune
 
 ROOT = Path(__file__).parents[1]
@@ -233,7 +233,7 @@ def run_all(small: bool, lr: float) -> None:
 
 def run_one(scale: Scale, home: Path, variant: str, seed: int, lr: float) -> None:
     """Trains one run from the start."""
-    from grpo.run_folder import delete_run
+    from grpo.records.run_folder import delete_run
     from grpo.train import train
 
     run_file = home / f"{variant}-{seed}.toml"

@@ -5,10 +5,10 @@
 
 An engine (bfloat16, recording) draws completions; the learner (bfloat16, float32 masters) scores them, with the causes
 of the difference closed one after another: kept sets replayed, experts replayed, logits in float32, routers and
-residual stream in float32 (rollout/vllm_plugin/precision.py, grpo/layers/decoder.py). Yardsticks tell what is left to
-gain: the learner against itself through other kernels, the engine against itself with another batch size, and what each
-kind of rounding does alone. The engines start side by side, each in a process of its own, and draw one after the other;
-their speed is measured on `SPEED_SEQUENCES` sequences at once.
+residual stream in float32 (rollout/vllm_plugin/precision.py, grpo/policy/layers/decoder.py). Yardsticks tell what is
+left to gain: the learner against itself through other kernels, the engine against itself with another batch size, and
+what each kind of rounding does alone. The engines start side by side, each in a process of its own, and draw one after
+the other; their speed is measured on `SPEED_SEQUENCES` sequences at once.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from benchmarks.machine import describe_machine
 from benchmarks.mismatch_learner import CHANGES, ROUNDINGS, Change, cast_parameters, plain_experts, plain_layers
 from grpo.advantage import Objective, TrainSample, completion_segment
 from grpo.batch import pack, plan_updates
-from grpo.layers.attention import set_attention
 from grpo.logprobs import token_logprobs
-from grpo.model import PolicyModel, load_policy, reshard, shard_policy
+from grpo.policy.layers.attention import set_attention
+from grpo.policy.model import PolicyModel, load_policy, reshard, shard_policy
 from rollout.config import RolloutConfig
 from rollout.engine import Engine
 from rollout.types import Completion, GenerateRequest, Replay

@@ -24,7 +24,7 @@ import torch
 from benchmarks.gpu_models import make_model, write_tasks
 from benchmarks.machine import describe_machine
 from grpo.config import load_config
-from grpo.metrics import read_metrics
+from grpo.records.metrics import read_metrics
 from grpo.train import train
 
 NUM_WARM_UP = 2

@@ -7,7 +7,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from grpo.run_folder import versions
+from grpo.records.run_folder import versions
 
 
 def describe_machine() -> str:

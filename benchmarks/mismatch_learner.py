@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grpo.model import PolicyModel
+from grpo.policy.model import PolicyModel
 from stability.keep_routing import decoder_layers
 
 Change = Callable[[PolicyModel], AbstractContextManager[Any]]
@@ -44,12 +44,12 @@ def _upcast(router: Any, hidden: Tensor) -> Any:
 
 
 def plain_layers(policy: PolicyModel) -> AbstractContextManager[None]:
-    """transformers' own layers in the place of `grpo.layers.decoder`: their residual stream is half precision."""
+    """transformers' own layers, whose residual stream is half precision, for those of `grpo.policy.layers.decoder`."""
     return _own_forwards([*_layers(policy), policy.module.get_decoder().norm])
 
 
 def plain_experts(policy: PolicyModel) -> AbstractContextManager[None]:
-    """transformers' own experts in the place of `grpo.layers.experts`."""
+    """transformers' own experts in the place of `grpo.policy.layers.experts`."""
     return _own_forwards([layer.mlp.experts for layer in _layers(policy)])
 
 

@@ -72,13 +72,9 @@ def train(
         _print_plan(config, run_file)
         return
     _refuse_both(resume, fresh)
-    if fresh:
-        from grpo.run_folder import delete_run
-
-        delete_run(config.run_dir)
     from grpo.train import train as run_training
 
-    run_dir = run_training(config, run_file=run_file, resume=resume)
+    run_dir = run_training(config, run_file=run_file, resume=resume, fresh=fresh)
     typer.echo(f"\nrun folder: {run_dir}\nsee it with: keel report {run_dir}")
 
 
@@ -99,7 +95,7 @@ def submit(
     config = _load(run_file, override)
     _refuse_both(resume, fresh)
     options = ("--resume",) * resume + ("--fresh",) * fresh
-    from grpo.submit import submit_run
+    from grpo.commands.submit import submit_run
 
     job = submit_run(config, run_file, address=address, overrides=tuple(override or ()), options=options)
     typer.echo(f"submitted {job}; its run folder will be {config.run_dir}")
@@ -116,7 +112,7 @@ def follow(job: Job, address: Address) -> None:
 @app.command()
 def stop(job: Job, address: Address) -> None:
     """Ends a submitted run as Ctrl-C would, with a checkpoint to resume from."""
-    from grpo.submit import stop_job
+    from grpo.commands.submit import stop_job
 
     if stop_job(job, address=address, write=typer.echo):
         typer.echo(f"{job} has ended; submit its run file again with --resume to go on")
@@ -137,7 +133,7 @@ def evaluate(
     target = target.resolve()
     if target.is_dir():
         from grpo.checkpoint import list_checkpoints
-        from grpo.run_folder import load_run
+        from grpo.records.run_folder import load_run
 
         config, run_file = load_run(target, tuple(override or ()))
         checkpoint = checkpoint or next(reversed(list_checkpoints(target)), None)
@@ -156,7 +152,7 @@ def report(
     ] = None,
 ) -> None:
     """Writes one self-contained HTML page about a run."""
-    from grpo.report import write_report
+    from grpo.commands.report import write_report
 
     typer.echo(write_report(run_dir, output))
 
@@ -167,7 +163,7 @@ def doctor(
     override: Overrides = None,
 ) -> None:
     """Checks versions, features, hardware and, if given, a run file."""
-    from grpo.doctor import run_doctor
+    from grpo.commands.doctor import run_doctor
 
     if not run_doctor(run_file, tuple(override or ())):
         raise typer.Exit(1)
@@ -199,7 +195,7 @@ def check_reward(
     may_vary: Annotated[bool, typer.Option("--may-vary", help="The function does not claim to be repeatable.")] = False,
 ) -> None:
     """Runs a reward function on a few completions and prints every breach of the contract."""
-    from grpo.check_reward import check_reward as check
+    from grpo.commands.check_reward import check_reward as check
 
     if not check(
         fn,
@@ -283,7 +279,7 @@ def _refuse_both(resume: bool, fresh: bool) -> None:
 
 
 def _follow(job: str, address: str) -> None:
-    from grpo.submit import follow_job
+    from grpo.commands.submit import follow_job
 
     try:
         exit_code = follow_job(job, address=address, write=lambda text: typer.echo(text, nl=False))
@@ -301,7 +297,7 @@ def _follow(job: str, address: str) -> None:
 def _print_plan(config: TrainConfig, run_file: Path) -> None:
     from rich.console import Console
 
-    from grpo.plan import make_plan, render
+    from grpo.commands.plan import make_plan, render
     from grpo.preflight import check
 
     Console().print(render(make_plan(config, check(config, run_file))))

@@ -26,7 +26,7 @@ from grpo.checkpoint import export_model, load_training_state, save_training_sta
 from grpo.config import LearnerConfig
 from grpo.logprobs import token_logprobs
 from grpo.loss import LossFn, LossInputs, LossOutput, grpo_loss
-from grpo.model import PolicyModel, checkpoint_tensors, load_policy, reshard, shard_policy
+from grpo.policy.model import PolicyModel, checkpoint_tensors, load_policy, reshard, shard_policy
 from grpo.stats import Moments, StepStats
 from rollout.weight_sync import WeightBucket, pack_buckets, pack_device_buckets
 

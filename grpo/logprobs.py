@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from grpo.batch import TrainBatch
-from grpo.layers.attention import attention_kwargs
-from grpo.layers.head import Supports
-from grpo.model import PolicyModel
+from grpo.policy.layers.attention import attention_kwargs
+from grpo.policy.layers.head import Supports
+from grpo.policy.model import PolicyModel
 from stability import keep_routing
 
 

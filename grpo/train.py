@@ -30,13 +30,13 @@ from grpo.config import TrainConfig
 from grpo.drops import check_drops
 from grpo.evaluate import evaluate
 from grpo.judge import owned_judges
-from grpo.metrics import MetricsLog
 from grpo.pipeline import GroupPipeline, PipelineState
 from grpo.preflight import Preflight, check, domain_weights, with_endpoints
-from grpo.progress import Progress
-from grpo.run_folder import SampleLog, begin_run, rewind
+from grpo.records.metrics import MetricsLog
+from grpo.records.progress import Progress
+from grpo.records.run_folder import SampleLog, begin_run, check_run_dir, delete_run, rewind
+from grpo.records.step_metrics import fresh_mismatch, learner_metrics, rollout_metrics, sync_metrics
 from grpo.sampling import DrawnGroup, GroupSampler
-from grpo.step_metrics import fresh_mismatch, learner_metrics, rollout_metrics, sync_metrics
 from rollout.tasks import TaskStream
 from rollout.worker import RolloutWorker
 
@@ -44,9 +44,16 @@ T = TypeVar("T")
 
 
 def train(
-    config: TrainConfig, *, run_file: Path, resume: bool = False, worker_class: type[RolloutWorker] = RolloutWorker
+    config: TrainConfig,
+    *,
+    run_file: Path,
+    resume: bool = False,
+    fresh: bool = False,
+    worker_class: type[RolloutWorker] = RolloutWorker,
 ) -> Path:
     """Runs (or continues) a training run to its end, or until Ctrl-C; returns the run folder.
+
+    With `fresh` an earlier run in that folder is deleted, once it is sure that the new one can begin.
 
     Ctrl-C ends the step's training if it is under way, writes a checkpoint and stops; a second one stops at once.
 
@@ -57,7 +64,10 @@ def train(
         JudgeServerError: a judge that the run starts itself did not come up.
         DropRateError: rewards could not be had for too many samples of a step; says which and why.
     """
+    check_run_dir(config, resume=resume, fresh=fresh)
     preflight = check(config, run_file)
+    if fresh:
+        delete_run(config.run_dir)
     run_dir = begin_run(config, run_file=run_file, resume=resume)
     with owned_judges(config) as served, Progress(config.run.name) as progress:
         preflight = with_endpoints(preflight, served, run_file)

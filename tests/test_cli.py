@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from grpo import cli
+from grpo.config import load_config
+from grpo.records.run_folder import begin_run, load_run
 from tests.test_config import MINIMAL
 
 HEAVY = ("torch", "ray", "vllm", "transformers", "pydantic", "numpy", "datasets")
@@ -70,6 +72,18 @@ def test_fresh_and_resume_exclude_each_other(
     run_file.write_text(MINIMAL)
     assert run_main(monkeypatch, "train", run_file, "--fresh", "--resume") == 2
     assert "give one of them" in capsys.readouterr().err
+
+
+def test_fresh_deletes_nothing_for_a_run_that_cannot_begin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run_file = tmp_path / "train.toml"
+    run_file.write_text(MINIMAL)
+    config = load_config(run_file, (f"run.output_dir={tmp_path}",))
+    run_dir = begin_run(config, run_file=run_file, resume=False)
+    assert run_main(monkeypatch, "train", run_file, "-o", f"run.output_dir={tmp_path}", "--fresh") == 2
+    assert "no file 'tasks.jsonl'" in capsys.readouterr().err
+    assert load_run(run_dir) == (config, run_file)
 
 
 def test_report_of_something_else_is_an_error(

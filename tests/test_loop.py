@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from grpo.assembly import make_cluster
 from grpo.checkpoint import list_checkpoints, read_trainer_state
 from grpo.config import load_config
-from grpo.metrics import read_metrics, read_rows
 from grpo.parity import ParityError
 from grpo.preflight import check
+from grpo.records.metrics import read_metrics, read_rows
 from grpo.train import train
 from rollout.types import Completion, GenerateRequest
 from rollout.vllm_plugin import register

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo.config import load_config
-from grpo.metrics import read_metrics, read_rows
+from grpo.records.metrics import read_metrics, read_rows
 from grpo.train import train
 
 MIXED = Path(__file__).parents[1] / "examples" / "mixed"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from grpo.commands.report import write_report
 from grpo.config import load_config
-from grpo.metrics import read_metrics
-from grpo.report import write_report
+from grpo.records.metrics import read_metrics
 from grpo.train import train
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"

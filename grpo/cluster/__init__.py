@@ -103,14 +103,16 @@ class Cluster:
         )
         world = config.learner.ranks
         self._ranks = [ray.remote(LearnerActor).options(**self._placement.rank(i)).remote() for i in range(world)]
-        outline = self._ranks[0].read_model.remote(self._spec, world)
-        reads = [outline, *(rank.take_model.remote(self._spec, world, outline) for rank in self._ranks[1:])]
+        first, *others = self._ranks
+        reads = [first.read_model.remote(self._spec)]
+        if others:
+            outline = first.outline.remote()
+            reads += [rank.take_model.remote(outline) for rank in others]
         await asyncio.gather(self.pool.wait_until_up(), *self._starts(reads, "load the model"))
         # Only now: vLLM sizes its cache by the GPU memory that is free while it starts, and stops if it grows.
         address = await self._wait_rank(0, self._ranks[0].free_address.remote(), "answer", "start_timeout_s")
         builds = [rank.build.remote(self._spec, i, world, address) for i, rank in enumerate(self._ranks)]
         await asyncio.gather(*self._starts(builds, "take up the model"))
-        first = self._ranks[0]
         self._weight_bytes = await self._wait_rank(0, first.weight_bytes.remote(), "answer", "start_timeout_s")
         self.shares_prompts: bool = await self._wait_rank(0, first.shares_prompts.remote(), "answer", "start_timeout_s")
         keep_for_good()

@@ -23,7 +23,7 @@ import torch
 from grpo.batch import TrainBatch, pack
 from grpo.cluster.parcels import CompletionParcel, MicroBatchParcel, RecordParcel, ReplayRef
 from grpo.learner import Learner, LearnerSpec, LoadedModels, StepResult, load_models
-from grpo.outline import from_outline, take_outline
+from grpo.policy.outline import from_outline, take_outline
 from grpo.replay import dump_step
 from rollout.engine import EngineDiedError
 from rollout.types import GenerateRequest, Replay
@@ -89,18 +89,21 @@ class LearnerActor:
             probe.bind(("", 0))
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def read_model(self, spec: LearnerSpec, world_size: int) -> bytes:
-        """How rank 0 begins; returns what the others begin with."""
-        _use_cores(spec, world_size)
+    def read_model(self, spec: LearnerSpec) -> None:
+        """How rank 0 begins: alone, so with all cores of its node."""
+        _use_cores(spec)
         self._loaded = load_models(spec)
+
+    def outline(self) -> bytes:
+        """What the other ranks begin with, to be asked for between `read_model` and `build`."""
         return take_outline(self._loaded)
 
-    def take_model(self, spec: LearnerSpec, world_size: int, outline: bytes) -> None:
+    def take_model(self, outline: bytes) -> None:
         """How every other rank begins; the weights come with `build`."""
-        _use_cores(spec, world_size)
         self._loaded = from_outline(outline)
 
     def build(self, spec: LearnerSpec, rank: int, world_size: int, address: str) -> None:
+        _use_cores(spec, among=world_size)
         if world_size > 1:
             backend = "nccl" if torch.cuda.is_available() else "gloo"
             torch.distributed.init_process_group(
@@ -147,9 +150,9 @@ class LearnerActor:
         self._learner.export(folder)
 
 
-def _use_cores(spec: LearnerSpec, world_size: int) -> None:
+def _use_cores(spec: LearnerSpec, *, among: int = 1) -> None:
     if torch.cuda.is_available():  # the CPU only loads and checks the model
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // among))
     else:
         torch.set_num_threads(spec.config.cpu_threads)
 

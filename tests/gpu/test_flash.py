@@ -21,7 +21,7 @@ CASES: list[tuple[list[int], list[int], int, int, int]] = [
 
 def attended(states: list[Tensor], lengths: list[int], parents: list[int], upstream: Tensor) -> list[Tensor]:
     """The kernels' output and three gradients."""
-    from grpo.layers.attention import PackedLayout, attend
+    from grpo.policy.layers.attention import PackedLayout, attend
 
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
     tree = torch.tensor(parents, dtype=torch.int32, device="cuda") if parents else None

@@ -17,7 +17,7 @@ CASES = [
 
 @pytest.mark.parametrize(("sizes", "width", "other"), CASES, ids=str)
 def test_kernel_equals_float64_within_float32_and_itself_bit_for_bit(sizes: list[int], width: int, other: int) -> None:
-    from grpo.layers import grouped
+    from grpo.policy.layers import grouped
 
     torch.manual_seed(0)
     left = torch.randn(sum(sizes), width, device="cuda", dtype=torch.bfloat16)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from grpo.batch import TrainBatch
-from grpo.layers import decoder, experts
 from grpo.logprobs import token_logprobs
-from grpo.model import PolicyModel, prepare_policy, reshard, shard_policy
+from grpo.policy.layers import decoder, experts
+from grpo.policy.model import PolicyModel, prepare_policy, reshard, shard_policy
 from tests.grpo.batches import pack_by_hand, random_sequences
 from tests.moe_models import build_model
 

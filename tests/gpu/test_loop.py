@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grpo.config import load_config
-from grpo.metrics import read_metrics
+from grpo.records.metrics import read_metrics
 from grpo.train import train
 from tests.tiny_models import make_qwen3_moe
 from tests.toy import write_run, write_tokenizer

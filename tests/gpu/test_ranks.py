@@ -15,7 +15,8 @@ import torch
 
 from grpo.batch import Update, pack, plan_updates
 from grpo.config import LearnerConfig
-from grpo.learner import Learner, LearnerSpec
+from grpo.learner import Learner, LearnerSpec, load_models
+from grpo.policy.outline import from_outline, take_outline
 from tests.moe_models import build_model
 from tests.samples import make_samples
 
@@ -42,7 +43,10 @@ def train_on(model: Path, meeting: Path, update: Update, rank: int, world_size: 
         )
     config = LearnerConfig(lr=1e-3, dtype="bfloat16", gradient_checkpointing=False)
     spec = LearnerSpec(str(model), config, True, True, "bfloat16", total_updates=1)
-    learner = Learner(spec, rank=rank, world_size=world_size)
+    loaded = load_models(spec)
+    if rank > 0:  # as in a run: the weights come from rank 0
+        loaded = from_outline(take_outline(loaded))
+    learner = Learner(spec, rank=rank, world_size=world_size, loaded=loaded)
     result = learner.train([[pack(microbatch) for microbatch in update.ranks[rank]]])
     gradients: dict[str, Any] = {name: p.grad for name, p in learner.policy.module.named_parameters()}
     whole = {name: _full(gradient) for name, gradient in gradients.items() if gradient is not None}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from grpo.batch import TrainBatch
 from grpo.logprobs import token_logprobs
-from grpo.model import PolicyModel, prepare_policy
+from grpo.policy.model import PolicyModel, prepare_policy
 from stability.keep_routing import decoder_layers
 from stability.keep_sampling_mask import CorruptRecordError
 from tests.grpo.batches import HandSequence, pack_by_hand, random_sequences

@@ -12,7 +12,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo import plan
+from grpo.commands import plan
 from grpo.config import load_config
 from grpo.preflight import Preflight, PreflightError, check, domain_weights, ensure_model
 from tests.test_config import MINIMAL

@@ -70,8 +70,9 @@ def ranks(ray_address: str, toy_model: Path) -> Iterator[list[Any]]:
 
 def start_ranks(spec: LearnerSpec) -> list[Any]:
     actors = [ray.remote(InspectableRank).options(num_cpus=1).remote() for _ in range(NUM_RANKS)]
-    outline = actors[0].read_model.remote(spec, NUM_RANKS)
-    ray.get([actor.take_model.remote(spec, NUM_RANKS, outline) for actor in actors[1:]])
+    actors[0].read_model.remote(spec)
+    outline = actors[0].outline.remote()
+    ray.get([actor.take_model.remote(outline) for actor in actors[1:]])
     address = ray.get(actors[0].free_address.remote())
     ray.get([actor.build.remote(spec, rank, NUM_RANKS, address) for rank, actor in enumerate(actors)])
     return actors

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grpo.advantage import Segment, TrainSample, completion_segment
 from grpo.batch import MicroBatch, TrainBatch, pack, plan_updates
 from grpo.logprobs import token_logprobs
-from grpo.model import PolicyModel, prepare_policy
+from grpo.policy.model import PolicyModel, prepare_policy
 from grpo.shared_prompts import common_routes, find_shared_prompts, num_saved_at_least
 from rollout.types import Completion, FinishReason, Replay
 from stability.keep_routing import decoder_layers

@@ -18,7 +18,7 @@ from grpo.cluster.rewards import RemoteRewardWorker
 from grpo.cluster.waits import ClusterError
 from grpo.config import ClusterConfig, load_config
 from grpo.drops import DropRateError
-from grpo.metrics import read_metrics
+from grpo.records.metrics import read_metrics
 from grpo.train import train
 from rewards.config import RewardConfig
 from rewards.load import RewardError, RewardSpec, load_reward

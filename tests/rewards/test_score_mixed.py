@@ -10,8 +10,8 @@ import pytest
 
 from grpo.advantage import AdvantageResult
 from grpo.config import load_config
+from grpo.records.step_metrics import rollout_metrics
 from grpo.sampling import DrawnGroup
-from grpo.step_metrics import rollout_metrics
 from rewards.load import load_rewards
 from rewards.pool import RewardPool
 from rewards.runner import RewardWorker

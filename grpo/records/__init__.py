@@ -1,0 +1,1 @@
+"""What a run shows and leaves behind: its folder, its metrics, its progress on a terminal."""
