@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple, TextIO
 
 _START_TIMEOUT_S = 60.0
+_HEALTH_TIMEOUT_S = 15.0
+_POLL_S = 0.2
 _OBJECT_STORE_BYTES = 256 << 20
 _SHOWN_CHARS = 2000
 """Of what a head printed that did not start."""
@@ -51,10 +53,10 @@ def ray_head(num_cpus: int, *, dashboard: bool = False) -> Iterator[RayHead]:
     with tempfile.TemporaryFile("w+") as log:
         head = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         try:
-            _wait_for_port(port, head, log)
-            _wait_until_healthy(address)
+            _wait_until(lambda: _listens(port), head, log)
+            _wait_until(lambda: _is_healthy(address), head, log)
             if dashboard:  # comes up after the rest
-                _wait_for_port(dashboard_port, head, log)
+                _wait_until(lambda: _listens(dashboard_port), head, log)
             yield RayHead(address, f"http://127.0.0.1:{dashboard_port}")
         finally:
             with suppress(ProcessLookupError):  # it has ended by itself
@@ -66,27 +68,31 @@ def _ray(verb: str) -> list[str]:
     return [sys.executable, "-m", "ray.scripts.scripts", verb]
 
 
-def _wait_for_port(port: int, head: subprocess.Popen[bytes], log: TextIO) -> None:
+def _wait_until(is_up: Callable[[], bool], head: subprocess.Popen[bytes], log: TextIO) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while True:
-        if head.poll() is not None:
+    while not is_up():
+        ended = head.poll() is not None
+        if ended or time.monotonic() > deadline:
             log.seek(0)
-            raise RuntimeError(f"the Ray head ended with exit code {head.returncode}: {log.read()[-_SHOWN_CHARS:]}")
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"nothing of the Ray head answers at port {port} after {_START_TIMEOUT_S:g} s"
-                ) from None
-            time.sleep(0.2)
+            what = f"ended with exit code {head.returncode}" if ended else f"is not up after {_START_TIMEOUT_S:g} s"
+            raise RuntimeError(f"the Ray head {what}: {log.read()[-_SHOWN_CHARS:]}")
+        time.sleep(_POLL_S)
 
 
-def _wait_until_healthy(address: str) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while subprocess.run([*_ray("health-check"), "--address", address], capture_output=True, check=False).returncode:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"the Ray head at {address} is not healthy after {_START_TIMEOUT_S:g} s")
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _is_healthy(address: str) -> bool:
+    command = [*_ray("health-check"), "--address", address]
+    try:
+        return subprocess.run(command, capture_output=True, check=False, timeout=_HEALTH_TIMEOUT_S).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def _free_ports(count: int) -> list[int]:

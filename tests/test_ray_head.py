@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from benchmarks import ray_head
+
+ANSWERS_ONCE = """
+import socket, sys
+port = next(int(part.partition("=")[2]) for part in sys.argv if part.startswith("--port="))
+with socket.create_server(("127.0.0.1", port)) as server:
+    server.accept()
+sys.exit("out of luck")
+"""
 
 
 def test_ports_differ():
@@ -20,3 +30,10 @@ def test_a_head_that_does_not_start_says_why(monkeypatch):
         ray_head.ray_head(num_cpus=1),
     ):
         pytest.fail("two of its servers were to listen on one port")
+
+
+def test_a_head_that_ends_while_it_comes_up_says_why(monkeypatch):
+    stand_ins = {"start": [sys.executable, "-c", ANSWERS_ONCE], "health-check": ["false"]}
+    monkeypatch.setattr(ray_head, "_ray", stand_ins.__getitem__)
+    with pytest.raises(RuntimeError, match=r"ended with exit code 1: out of luck"), ray_head.ray_head(num_cpus=1):
+        pytest.fail("it has ended")
