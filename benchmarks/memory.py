@@ -60,6 +60,11 @@ def peak_of_children(*names: str) -> Iterator[dict[str, int]]:
         watcher.join()
 
 
+def anonymous_bytes() -> int:
+    """Resident bytes of this process that no file holds."""
+    return _status_bytes("self", "RssAnon")
+
+
 def _status_bytes(pid: str, field: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
