@@ -58,16 +58,24 @@ def compare(model: PreTrainedModel, request: GenerateRequest, completion: Comple
 
 
 def _same_kept(logits_V: Tensor, ids: Tensor, request: GenerateRequest) -> bool:
-    """Top-k, then top-p over what is left: an id stays while the mass of the likelier ones is below top_p."""
-    order = logits_V.argsort(descending=True, stable=True)
-    if request.top_k:
-        order = order[: request.top_k]
-    probabilities = logits_V[order].softmax(0)
-    mass_before = probabilities.cumsum(0) - probabilities
-    expected = set(order[mass_before < request.top_p].tolist()) | {order[0].item()}
-    differing = expected ^ set(ids.tolist())
-    margins = dict(zip(order.tolist(), (mass_before - request.top_p).abs().tolist(), strict=True))
-    return all(margins.get(token, 1.0) < TIE for token in differing)
+    """Top-k, then top-p over what is left: an id stays while the mass of the likelier ones is below top_p.
+
+    Ids with nearly the same logit may be ranked either way.
+    """
+    ascending = logits_V.double().sort().values
+    mass_of_likeliest = ascending.flip(0)[: request.top_k or None].softmax(0).cumsum(0)
+    mass_of_likeliest = torch.cat([mass_of_likeliest.new_zeros(1), mass_of_likeliest])
+    num_stay = len(mass_of_likeliest) - 1
+
+    def stays(num_likelier_V: Tensor, top_p: float) -> Tensor:
+        return (num_likelier_V < num_stay) & (mass_of_likeliest[num_likelier_V.clamp(max=num_stay)] < top_p)
+
+    surely_likelier_V = len(ascending) - torch.searchsorted(ascending, logits_V.double() + TIE, right=True)
+    maybe_likelier_V = len(ascending) - torch.searchsorted(ascending, logits_V.double() - TIE) - 1  # not itself
+    may_stay, must_stay = stays(surely_likelier_V, request.top_p + TIE), stays(maybe_likelier_V, request.top_p - TIE)
+    kept = torch.zeros_like(may_stay)
+    kept[ids] = True
+    return not (kept & ~may_stay | must_stay & ~kept).any()
 
 
 class _Routers:
