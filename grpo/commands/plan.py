@@ -141,6 +141,7 @@ def _memory(config: TrainConfig, size: ModelSize) -> Section:
         ("gradients", f"{_size(float32 / ranks)} per rank (float32)"),
         ("Adam moments", f"{_size(2 * float32 / ranks)} per rank (float32)"),
         ("reference", reference),
+        ("host memory", f"{_size(float32 * (1 + config.needs_reference))} where the first rank reads the model"),
         ("engine weights", f"{_size(size.num_parameters * BYTES[config.rollout.dtype] / engines)} per engine GPU"),
         ("KV cache", f"{share if kv is None else _size(kv * 2**30)}, {size.kv_bytes_per_token:,} B per token"),
     )

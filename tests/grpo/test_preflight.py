@@ -169,6 +169,7 @@ def test_plan_counts_parameters_tokens_and_records(folder: Path) -> None:
     assert rows["expert routes"] == f"{3 * 2} B per token"
     assert rows["KV cache"].endswith(f"{2 * 2 * 32 * 3 * 4:,} B per token")
     assert rows["reference"] == "none (every beta is 0)"
+    assert rows["host memory"] == f"{exact * 4 / 2**20:.3g} MiB where the first rank reads the model"
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(plan.render(made))
     assert "domain sums" in console.export_text()
