@@ -153,7 +153,6 @@ def main() -> None:
 def run_missing() -> None:
     """Trains every run whose folder does not hold all its steps yet, one after another."""
     with ray_head(num_cpus=2) as head:
-        from grpo.records.run_folder import delete_run
         from grpo.train import train  # imports Ray, which reads the token that `ray_head` has set
 
         for study in STUDIES:
@@ -162,9 +161,8 @@ def run_missing() -> None:
                     config = study.config(variant, seed, head.address)
                     if is_finished(config):
                         continue
-                    delete_run(config.run_dir)
                     started = time.perf_counter()
-                    train(config, run_file=RUN_FILE)
+                    train(config, run_file=RUN_FILE, fresh=True)
                     print(f"{config.run.name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

@@ -233,14 +233,12 @@ def run_all(small: bool, lr: float) -> None:
 
 def run_one(scale: Scale, home: Path, variant: str, seed: int, lr: float) -> None:
     """Trains one run from the start."""
-    from grpo.records.run_folder import delete_run
     from grpo.train import train
 
     run_file = home / f"{variant}-{seed}.toml"
     run_file.write_text(tomli_w.dumps(tables(scale, home, f"{variant}-{seed}", seed, lr)))
     config = load_config(run_file, VARIANTS[variant][1])
-    delete_run(config.run_dir)
-    train(config, run_file=run_file)
+    train(config, run_file=run_file, fresh=True)
 
 
 def tables(scale: Scale, home: Path, name: str, seed: int, lr: float) -> dict[str, Any]:

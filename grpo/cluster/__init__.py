@@ -110,7 +110,7 @@ class Cluster:
             reads += [rank.take_model.remote(outline) for rank in others]
         await asyncio.gather(self.pool.wait_until_up(), *self._starts(reads, "load the model"))
         # Only now: vLLM sizes its cache by the GPU memory that is free while it starts, and stops if it grows.
-        address = await self._wait_rank(0, self._ranks[0].free_address.remote(), "answer", "start_timeout_s")
+        address = await self._wait_rank(0, first.free_address.remote(), "answer", "start_timeout_s")
         builds = [rank.build.remote(self._spec, i, world, address) for i, rank in enumerate(self._ranks)]
         await asyncio.gather(*self._starts(builds, "take up the model"))
         self._weight_bytes = await self._wait_rank(0, first.weight_bytes.remote(), "answer", "start_timeout_s")

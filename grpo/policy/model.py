@@ -129,13 +129,11 @@ def shard_policy(policy: PolicyModel, *, compute_dtype: torch.dtype, world_size:
     module = policy.module
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if world_size > 1:
-        whole = module.state_dict() if dist.get_rank() == 0 else {}
-        _fully_shard(module, compute_dtype)
+        _spread_from_first(module, compute_dtype, device)
+    else:
         nn.Module.to(module, device)
-        set_model_state_dict(module, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    nn.Module.to(module, device)
-    if world_size == 1 and compute_dtype != torch.float32:
-        _compute_in(policy, compute_dtype)
+        if compute_dtype != torch.float32:
+            _compute_in(policy, compute_dtype)
     if device.type == "cuda":
         check_packing(module, policy.attention, compute_dtype, share_prompts=policy.shares_prompts)
         reshard(policy)
@@ -160,6 +158,14 @@ def _compute_in(policy: PolicyModel, dtype: torch.dtype) -> None:
         return
     for parameter in policy.module.parameters():
         parameter.data = parameter.data.to(dtype)
+
+
+def _spread_from_first(module: PreTrainedModel, compute_dtype: torch.dtype, device: torch.device) -> None:
+    """Rank 0's weights, in shards on all ranks."""
+    whole = module.state_dict() if dist.get_rank() == 0 else {}
+    _fully_shard(module, compute_dtype)
+    nn.Module.to(module, device)
+    set_model_state_dict(module, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
 def _fully_shard(module: PreTrainedModel, compute_dtype: torch.dtype) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from benchmarks.memory import anonymous_bytes
 from grpo.logprobs import token_logprobs
 from grpo.policy.model import PolicyModel, checkpoint_tensors, load_policy, prepare_policy
 from grpo.policy.outline import from_outline, take_outline
@@ -71,14 +71,9 @@ def test_hooks_that_come_later_do_not_take_the_place_of_its_own(monkeypatch: pyt
 def test_weights_take_no_memory_until_they_are_written() -> None:
     module = nn.Linear(1 << 13, 1 << 13)
     outline = take_outline(module)
-    before = resident_bytes()
+    before = anonymous_bytes()
     rebuilt = from_outline(outline)
-    assert resident_bytes() - before < 16 * MIB < rebuilt.weight.nbytes / 10
+    assert anonymous_bytes() - before < 16 * MIB < rebuilt.weight.nbytes / 10
     with torch.no_grad():
         rebuilt.weight.copy_(module.weight)
-    assert resident_bytes() - before > 250 * MIB, "the measure must see weights that are there"
-
-
-def resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    assert anonymous_bytes() - before > 250 * MIB, "the measure must see weights that are there"
